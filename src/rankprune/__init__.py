@@ -1,0 +1,34 @@
+"""rankprune: train a network so that its layers become low-rank, then replace each by two thin ones, exactly."""
+
+from rankprune.cost import Count, Timing, count, measure
+from rankprune.decompose import decompose
+from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
+from rankprune.plan import LayerPlan, Plan
+from rankprune.planner import make_plan
+from rankprune.projection import project
+from rankprune.ranks import Budget, Energy, FixedRank, RankFraction, SingularValue
+from rankprune.trp import TRP
+
+__all__ = [
+    "TRP",
+    "Budget",
+    "CheckpointError",
+    "Count",
+    "Energy",
+    "ExportError",
+    "FactorizationError",
+    "FixedRank",
+    "LayerPlan",
+    "MissingExtraError",
+    "Plan",
+    "RankFraction",
+    "RankPruneError",
+    "SingularValue",
+    "Timing",
+    "count",
+    "decompose",
+    "make_plan",
+    "measure",
+    "project",
+]
+__version__ = "0.1.0"

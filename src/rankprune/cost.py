@@ -1,0 +1,227 @@
+"""What a model costs: multiply-accumulates by running it, and milliseconds by timing it. The model is left as it was."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankprune.errors import RankPruneError
+from rankprune.layers import unwrap
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One module without children: its type, MACs over all its calls, parameters, and the shape of its input in each call."""
+
+    name: str
+    kind: str
+    macs: int
+    params: int
+    input_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def calls(self) -> int:
+        """How often the module ran in one forward pass."""
+        return len(self.input_shapes)
+
+
+@dataclass(frozen=True)
+class Count:
+    """The cost of one forward pass.
+
+    `macs` counts one multiply-add as one, for the whole batch given. `functional_macs` is the part of it that no leaf module
+    did (attention products, torch.matmul in a forward). `uncounted` names modules that ran but that the counter is blind to.
+    """
+
+    macs: int
+    params: int
+    layers: tuple[LayerCost, ...]
+    functional_macs: int
+    uncounted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one forward pass over `runs` runs; `spread` is (third - first quartile) / median."""
+
+    median_ms: float
+    spread: float
+    min_ms: float
+    runs: int
+    threads: int
+    dtype: str
+    device: str
+    torch: str
+    cpu: str
+
+
+def call(model: nn.Module, x: Inputs) -> Any:
+    """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, tuple | list):
+        return model(*x)
+    return model(x)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; on leaving, restore its modes and buffers and the random number generators."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = {b: b.detach().clone() for b in model.buffers()}
+    devices = sorted({t.device.index for t in (*model.parameters(), *buffers) if t.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+
+
+def count(model: nn.Module, x: Inputs) -> Count:
+    """Count the multiply-accumulates and parameters of `model` by running it once on `x` in eval mode.
+
+    The counting is PyTorch's own (MACs are half its FLOPs). Two of its blind spots are repaired, fused attention on
+    the CPU and the fast path of MultiheadAttention; what it cannot see (recurrent layers, quantized layers) is named in
+    `Count.uncounted`.
+
+    Args:
+        x: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
+
+    >>> import torch
+    >>> count(torch.nn.Linear(8, 4), torch.zeros(2, 8)).macs
+    64
+    """
+    model = unwrap(model)
+    leaves = {name: m for name, m in model.named_modules() if not any(m.children())}
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in leaves}
+    flops = dict.fromkeys(leaves, 0)
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        for name, module in leaves.items():
+            before: list[int] = []
+
+            def enter(
+                _: nn.Module, args: tuple, kwargs: dict, before: list[int] = before, name: str = name
+            ) -> None:
+                before.append(counter.get_total_flops())
+                first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+                shapes[name].append(tuple(first.shape) if first is not None else ())
+
+            def leave(_: nn.Module, args: tuple, output: Any, before: list[int] = before, name: str = name) -> None:
+                flops[name] += counter.get_total_flops() - before.pop()
+
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(counter)
+        call(model, x)
+    rows = tuple(
+        LayerCost(name, type(m).__name__, flops[name] // 2, _parameters(m), tuple(shapes[name]))
+        for name, m in leaves.items()
+        if shapes[name] or _parameters(m)
+    )
+    macs = counter.get_total_flops() // 2
+    blind = tuple(row.name for row in rows if row.calls and not row.macs and _should_count(leaves[row.name]))
+    return Count(macs, _parameters(model), rows, macs - sum(row.macs for row in rows), blind)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _should_count(module: nn.Module) -> bool:
+    """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix that is not a lookup table."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return False
+    return any(p.dim() >= 2 for p in module.parameters()) or callable(getattr(module, "weight", None))
+
+
+def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int:
+    """MACs of a module on the meta device, over one call for each input shape."""
+    counter = FlopCounterMode(display=False)
+    dtype = next(pair.parameters()).dtype
+    with counter, torch.no_grad():
+        for shape in input_shapes:
+            pair(torch.empty(shape, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
+
+
+def measure(model: nn.Module, x: Inputs, *, runs: int = 30, warmup: int = 5) -> Timing:
+    """Time forward passes of `model` on `x` in eval and inference mode, after a warm-up, with device synchronisation.
+
+    Raises:
+        RankPruneError: for fewer than one run.
+    """
+    return measure_together({"": model}, x, runs=runs, warmup=warmup)[""]
+
+
+def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 30, warmup: int = 5) -> dict[str, Timing]:
+    """Time several models in turn within one loop, so that a change of the machine's speed hits all of them alike."""
+    if runs < 1 or warmup < 0:
+        raise RankPruneError(f"runs={runs} and warmup={warmup}: give at least one run and no negative warm-up")
+    first = next(t for m in models.values() for t in (*m.parameters(), torch.empty(0)))
+    synchronize = _synchronizer(first.device)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.inference_mode())
+        for run in range(-warmup, runs):
+            for name, model in models.items():
+                synchronize()
+                begin = time.perf_counter()
+                call(model, x)
+                synchronize()
+                if run >= 0:
+                    times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: _timing(values, first) for name, values in times.items()}
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
+
+
+def _timing(values: list[float], first: Tensor) -> Timing:
+    median = statistics.median(values)
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [median] * 3
+    return Timing(
+        median_ms=median,
+        spread=(quartiles[2] - quartiles[0]) / median,
+        min_ms=min(values),
+        runs=len(values),
+        threads=torch.get_num_threads(),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        torch=torch.__version__,
+        cpu=cpu_name(),
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name, as the operating system tells it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,24 @@
+"""The exceptions. All derive from RankPruneError; messages name the failing value and the way out."""
+
+
+class RankPruneError(ValueError):
+    """A user's mistake, or an input rankprune cannot work with."""
+
+
+class FactorizationError(RankPruneError):
+    """A layer's weight has no usable factorisation, even after a retry in float64 on the CPU."""
+
+
+class CheckpointError(RankPruneError):
+    """A file is missing, truncated, foreign, or does not fit the model it is loaded into."""
+
+
+class ExportError(RankPruneError):
+    """A model could not be exported, or its export computes something else."""
+
+
+class MissingExtraError(RankPruneError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package {package!r}; install it with: pip install 'rankprune[{extra}]'")

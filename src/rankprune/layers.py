@@ -1,0 +1,161 @@
+"""Which layers of a model can be decomposed, and why the others cannot."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from rankprune.errors import RankPruneError
+from rankprune.schemes import CONVOLUTIONS
+
+DECOMPOSABLE: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that may be decomposed, by its first name in the model."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that holds a weight matrix and stays as it is, and why."""
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of select: layers to decompose, and modules left alone, both in the model's order."""
+
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile and (Distributed)DataParallel wrappers; names refer to it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def select(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    called: Collection[str] | None = None,
+) -> Selection:
+    """Sort the modules of `model` that hold a weight of two or more axes into layers and skipped ones.
+
+    Only plain ``nn.Conv*``, ``nn.ConvTranspose*`` and ``nn.Linear`` qualify: a subclass may compute something else in its
+    forward. The first convolution and the last Linear stay dense unless an include pattern names them.
+
+    Args:
+        include: shell patterns on module names; only layers that match one are taken. None takes all but the two above.
+        exclude: shell patterns of layers to leave dense.
+        called: names of the modules that ran in a trial forward pass, where there was one; a layer that did not run is
+            skipped, since somebody may read its weight directly.
+
+    Raises:
+        RankPruneError: if a pattern matches no layer, or the model has nothing to decompose.
+    """
+    modules = dict(model.named_modules())
+    holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
+    shared = _shared_weights(holders)
+    reasons = {name: _unfit(name, m, shared, called) for name, m in holders.items()}
+    fit = [name for name, reason in reasons.items() if reason is None]
+    for kind, patterns in (("include", include or ()), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in holders):
+                known = ", ".join(list(holders)[:6]) or "none"
+                raise RankPruneError(
+                    f"{kind} pattern {pattern!r} matches no layer; layers are named like {known}; patterns use *, ? and []"
+                )
+    ends = _first_convolution_and_last_linear(holders) if include is None else {}
+    for name in fit:
+        if include is not None and not any(fnmatchcase(name, p) for p in include):
+            reasons[name] = "not named by an include pattern"
+        elif pattern := next((p for p in exclude if fnmatchcase(name, p)), None):
+            reasons[name] = f"excluded by the pattern {pattern!r}"
+        else:
+            reasons[name] = ends.get(name)
+    layers = tuple(Layer(name, holders[name]) for name, reason in reasons.items() if reason is None)
+    skipped = tuple(Skipped(name, holders[name], reason) for name, reason in reasons.items() if reason is not None)
+    if not layers:
+        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:4]) or "it holds no convolution and no linear layer"
+        raise RankPruneError(f"{type(model).__name__} has no layer to decompose ({why}); see include= and exclude=")
+    return Selection(layers, skipped)
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether the module itself, not a child, owns a weight that a decomposition could be about."""
+    if isinstance(module, DECOMPOSABLE):
+        return True
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
+        return False
+    own = [p for p in module._parameters.values() if p is not None]
+    packed = callable(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
+    return packed or any(isinstance(p, nn.UninitializedParameter) or p.dim() >= 2 for p in own)
+
+
+def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
+    """Name of a module -> name of another one that holds the same parameter."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in holders.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    groups = [names for names in owners.values() if len(names) > 1]
+    return {name: next(n for n in names if n != name) for names in groups for name in names}
+
+
+def _unfit(name: str, module: nn.Module, shared: dict[str, str], called: Collection[str] | None) -> str | None:
+    """Why this module cannot be decomposed whatever the scheme, or None."""
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.UninitializedParameter):
+        return f"{kind} has no shape yet; run one forward pass first"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
+    if type(module) not in DECOMPOSABLE:
+        base = next((t.__name__ for t in DECOMPOSABLE if isinstance(module, t)), None)
+        return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} layers are not supported"
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning); remove that first"
+    if name in shared:
+        return f"its weight is shared with {shared[name]!r}"
+    if not weight.dtype.is_floating_point or torch.finfo(weight.dtype).bits < 16:
+        return f"its weight is of dtype {weight.dtype}"
+    if weight.is_meta:
+        return "its weight is on the meta device and holds no values"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has forward or backward hooks, which a replacement would lose"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the instance"
+    if called is not None and name not in called:
+        return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
+    return None
+
+
+def _first_convolution_and_last_linear(holders: dict[str, nn.Module]) -> dict[str, str]:
+    convolutions = [name for name, m in holders.items() if isinstance(m, tuple(CONVOLUTIONS))]
+    linears = [name for name, m in holders.items() if isinstance(m, nn.Linear)]
+    reasons = {}
+    if convolutions:
+        reasons[convolutions[0]] = "the first convolution stays dense unless an include pattern names it"
+    if linears:
+        reasons[linears[-1]] = "the last Linear stays dense unless an include pattern names it"
+    return reasons

@@ -1,0 +1,137 @@
+"""Truncated singular value decompositions, batched. The only file that calls torch.linalg.
+
+Everything follows from one orthonormal basis of a matrix's shorter side, ordered by singular value. With A (rows, columns) and
+Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factors are ``Q_r`` and ``Q_r^T A``, and the nuclear-norm
+sub-gradient is ``Q S^-1 Q^T A`` (TRP, equations 4 and 5); for a tall A the same on the right. The basis comes from the Gram
+matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower weights
+that leaves singular values right to 1e-6 of the largest, below which they are rounding of the weights themselves. Float64
+weights deserve more and get a true SVD.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankprune.errors import FactorizationError
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Singular values of a stack of matrices, descending, and the singular vectors of their shorter side.
+
+    Shapes, with k = min(rows, columns): vectors (stack, k, k), one vector a column; values (stack, k) float64.
+    `on_rows` tells whether the vectors span the row space's side of length rows (left) or columns (right).
+    """
+
+    vectors: Tensor
+    values: Tensor
+    on_rows: bool
+
+
+@torch.no_grad()
+def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
+    """The basis of each stack (stack, rows, columns); stacks of equal matrix shape are factored in one batch.
+
+    Raises:
+        FactorizationError: if a stack holds a value that is not finite, or resists even a float64 SVD on the CPU; it
+            names the layer from `names`.
+    """
+    found: dict[int, Basis] = {}
+    batches: dict[tuple, list[int]] = defaultdict(list)
+    for i, stack in enumerate(stacks):
+        batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
+    for members in batches.values():
+        batch = torch.cat([stacks[i] for i in members])
+        labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
+        values, vectors = _factor(batch, labels)
+        on_rows = batch.shape[1] <= batch.shape[2]
+        sizes = [stacks[i].shape[0] for i in members]
+        for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
+            found[i] = Basis(q, v, on_rows)
+    return [found[i] for i in range(len(stacks))]
+
+
+def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
+    """(b, rows, columns) -> singular values (b, k) float64 descending, and short-side vectors (b, k, k)."""
+    finite = batch.isfinite().flatten(1).all(1)
+    if not finite.all():
+        name = labels[int(finite.int().argmin())]
+        raise FactorizationError(
+            f"the weight of layer {name!r} holds NaN or infinite values; the training diverged before this step: lower the "
+            "learning rate, or go back to a checkpoint from before"
+        )
+    try:
+        return _by_svd(batch) if batch.dtype == torch.float64 else _by_gram(batch)
+    except torch.linalg.LinAlgError:
+        parts = [_one_by_one(matrix, label) for matrix, label in zip(batch, labels, strict=True)]
+        values, vectors = (torch.stack(part).to(batch.device) for part in zip(*parts, strict=True))
+        return values, vectors
+
+
+def _by_gram(batch: Tensor) -> tuple[Tensor, Tensor]:
+    wide = batch.double()
+    gram = wide @ wide.mT if batch.shape[1] <= batch.shape[2] else wide.mT @ wide
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+
+
+def _by_svd(batch: Tensor) -> tuple[Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(batch.double(), full_matrices=False)
+    return values, left if batch.shape[1] <= batch.shape[2] else right.mT
+
+
+def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = _by_svd(matrix.cpu()[None])
+    except torch.linalg.LinAlgError as error:
+        raise FactorizationError(
+            f"the weight of layer {label!r}, {tuple(matrix.shape)} as a matrix, has no singular value decomposition even in "
+            f"float64 on the CPU ({error}); leave the layer out with exclude=[{label!r}]"
+        ) from error
+    return values[0], vectors[0]
+
+
+def _working(stack: Tensor) -> torch.dtype:
+    """The dtype to compute products in: at least float32."""
+    return torch.promote_types(stack.dtype, torch.float32)
+
+
+@torch.no_grad()
+def project(stack: Tensor, basis: Basis, rank: int) -> Tensor:
+    """The nearest stack of rank `rank` (Eckart-Young). Shapes: (stack, rows, columns) -> the same."""
+    q = basis.vectors[..., :rank].to(_working(stack))
+    a = stack.to(q.dtype)
+    return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
+
+
+@torch.no_grad()
+def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
+    """Left (stack, rows, rank) and right (stack, rank, columns) with left @ right = project(stack, basis, rank).
+
+    Each carries the square root of the singular values, so that neither is much larger than the other. Float64.
+    """
+    q, a = basis.vectors[..., :rank].double(), stack.double()
+    values = basis.values[..., :rank]
+    scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
+    if basis.on_rows:
+        return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
+    return (a @ q) / scale[..., None, :], scale[..., None] * q.mT
+
+
+@torch.no_grad()
+def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
+    """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP, equation 5).
+
+    Shapes: (stack, rows, columns) -> the same. Singular values below max(rows, columns) * eps of the largest count as
+    zero, as in torch.linalg.matrix_rank.
+    """
+    working = _working(stack)
+    tolerance = max(stack.shape[1:]) * torch.finfo(working).eps * basis.values[..., :1]
+    weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0).to(working)
+    q = basis.vectors.to(working)
+    inverse_root = (q * weight[..., None, :]) @ q.mT
+    a = stack.to(working)
+    return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)

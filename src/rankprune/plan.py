@@ -1,0 +1,135 @@
+"""The Plan: what happens to each layer. Rules produce it; projection, decomposition, reports and checkpoints consume it."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rankprune.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the JSON form. A reader refuses any other."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: the scheme and rank it gets, or the reason why it stays dense.
+
+    `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the bias. `error` is the
+    share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    scheme: str | None
+    rank: int | None
+    full_rank: int | None
+    macs_before: int | None
+    macs_after: int | None
+    params_before: int
+    params_after: int
+    error: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layers that hold a weight matrix, in the model's order, and the cost of the whole dense model."""
+
+    layers: tuple[LayerPlan, ...]
+    macs_dense: int | None
+    params_dense: int
+    scheme: str
+    rule: str
+
+    @cached_property
+    def decomposed(self) -> dict[str, LayerPlan]:
+        """The layers that become a pair, by name."""
+        return {layer.name: layer for layer in self.layers if layer.rank is not None}
+
+    @cached_property
+    def skipped(self) -> dict[str, str]:
+        """The layers that stay dense, each with its reason."""
+        return {layer.name: layer.reason or "" for layer in self.layers if layer.rank is None}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each decomposed layer."""
+        return {name: layer.rank for name, layer in self.decomposed.items() if layer.rank is not None}
+
+    @property
+    def macs(self) -> int | None:
+        """MACs of the whole model after decomposition, on the example batch."""
+        if self.macs_dense is None:
+            return None
+        return self.macs_dense + sum((e.macs_after or 0) - (e.macs_before or 0) for e in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model after decomposition."""
+        return self.params_dense + sum(e.params_after - e.params_before for e in self.layers)
+
+    def to_json(self) -> str:
+        """The plan as a JSON text; from_json gives back an equal plan."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read what to_json wrote.
+
+        Raises:
+            CheckpointError: if the text is not a plan of this format.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"this is not a plan: not JSON ({error})") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise CheckpointError(f"this is not a plan of format {FORMAT}; write it again with this version of rankprune")
+        try:
+            layers = tuple(_layer(entry) for entry in data.pop("layers"))
+            return cls(layers=layers, **data)
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"this plan lacks a field or has an unknown one ({error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan from a JSON file.
+
+        Raises:
+            CheckpointError: if there is no such file, or it is not a plan.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read the plan {str(path)!r}: {error}") from error
+
+    def __str__(self) -> str:
+        """A table with a row for each layer, and the totals."""
+        rows = [("layer", "weight", "scheme", "rank", "error", "MACs", "params")]
+        for e in self.layers:
+            shape = "x".join(map(str, e.shape))
+            macs = f"{e.macs_before:,} > {e.macs_after:,}" if e.macs_before is not None else ""
+            if e.rank is None:
+                rows.append((e.name, f"{e.kind} {shape}", "dense", "", "", f"{e.reason}", ""))
+            else:
+                rank, params = f"{e.rank}/{e.full_rank}", f"{e.params_before:,} > {e.params_after:,}"
+                rows.append((e.name, f"{e.kind} {shape}", e.scheme or "", rank, f"{e.error:.2%}", macs, params))
+        widths = [max(len(row[i]) for row in rows) if i < 5 else 0 for i in range(7)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.macs is not None and self.macs_dense:
+            lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
+        lines.append(f"params {self.params_dense:,} > {self.params:,} ({self.params_dense / self.params:.2f}x fewer)")
+        return "\n".join(lines)
+
+
+def _layer(entry: dict[str, Any]) -> LayerPlan:
+    if set(entry) != {f.name for f in fields(LayerPlan)}:
+        raise KeyError(f"a layer with the fields {sorted(entry)}")
+    return LayerPlan(**{**entry, "shape": tuple(entry["shape"])})

@@ -1,0 +1,190 @@
+"""From a model to a Plan: select layers, see them as matrices, factor, and let the rule choose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from rankprune import linalg
+from rankprune.cost import Inputs, LayerCost, count, pair_macs
+from rankprune.errors import RankPruneError
+from rankprune.layers import Layer, select, unwrap
+from rankprune.linalg import Basis
+from rankprune.plan import LayerPlan, Plan
+from rankprune.ranks import Candidate, Choice, Cost, RankRule
+from rankprune.schemes import Scheme, schemes_for
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layer under one scheme, with the cost of one rank. What does not change while the weights train."""
+
+    layer: Layer
+    scheme: Scheme
+    unit: Cost
+    dense: Cost
+
+
+Bases = dict[tuple[str, str], Basis]
+"""The basis of every (layer name, scheme name)."""
+
+
+class Planner:
+    """Surveys a model once; then plans from its weights as often as asked.
+
+    Args:
+        model: compile and DataParallel wrappers are looked through.
+        scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"`` (per layer, whichever serves the rule best).
+        rule: decides the ranks.
+        example_inputs: what the model is called with, a tensor, tuple or dict. Needed by rules that count MACs; where
+            given, "cheaper" is judged in MACs, otherwise in parameters.
+        include, exclude: shell patterns on module names, see rankprune.layers.select.
+        round_to: ranks are rounded up to a multiple of this.
+
+    Raises:
+        RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, or a
+            rule that counts MACs without example inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scheme: str,
+        rule: RankRule,
+        example_inputs: Inputs | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        round_to: int = 1,
+    ) -> None:
+        if not isinstance(round_to, int) or round_to < 1:
+            raise RankPruneError(f"round_to={round_to}: give a whole number of at least 1")
+        if not isinstance(rule, RankRule):
+            raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
+        if rule.metric == "macs" and example_inputs is None:
+            raise RankPruneError(f"{rule!r} counts MACs: give example inputs, one batch as the model is called with")
+        self.model = unwrap(model)
+        self.scheme, self.rule, self.round_to = scheme, rule, round_to
+        counted = None if example_inputs is None else count(self.model, example_inputs)
+        costs = {row.name: row for row in counted.layers} if counted else {}
+        called = {name for name, row in costs.items() if row.calls} if counted else None
+        selection = select(self.model, include, exclude, called)
+        self._cost = Cost(counted.macs if counted else None, sum(p.numel() for p in self.model.parameters()))
+        self._static: dict[str, LayerPlan] = {}
+        self.options: dict[str, list[Option]] = {}
+        for layer in selection.layers:
+            schemes, reason = schemes_for(scheme, layer.module)
+            row = costs.get(layer.name)
+            if schemes:
+                self.options[layer.name] = [_option(layer, s, row) for s in schemes]
+            self._static[layer.name] = _entry(layer.name, layer.module, row, reason)
+        for skip in selection.skipped:
+            self._static[skip.name] = _entry(skip.name, skip.module, costs.get(skip.name), skip.reason)
+        if not self.options:
+            why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
+            raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers under consideration, by name."""
+        return {name: options[0].layer for name, options in self.options.items()}
+
+    @torch.no_grad()
+    def bases(self) -> Bases:
+        """Factor the present weights, every layer under every scheme it may get."""
+        flat = [option for options in self.options.values() for option in options]
+        stacks = [o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight")) for o in flat]
+        found = linalg.bases(stacks, [o.layer.name for o in flat])
+        return {(o.layer.name, o.scheme.name): basis for o, basis in zip(flat, found, strict=True)}
+
+    def plan(self, bases: Bases, rule: RankRule | None = None) -> Plan:
+        """Let the rule (or another one in its place) choose, given the bases of the present weights."""
+        rule = rule or self.rule
+        candidates = {
+            name: [
+                Candidate(o.scheme.name, bases[name, o.scheme.name].values.cpu(), o.unit, o.dense, self.round_to)
+                for o in options
+            ]
+            for name, options in self.options.items()
+        }
+        choices = rule.choose(candidates, self._cost)
+        decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
+        order = [name for name, _ in self.model.named_modules() if name in self._static]
+        entries = tuple(decided.get(name, self._static[name]) for name in order)
+        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule))
+
+    def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
+        static = self._static[name]
+        if choice.scheme is None or choice.rank is None:
+            return replace(static, reason=choice.reason)
+        chosen = next(c for c in candidates if c.scheme == choice.scheme)
+        macs = None if chosen.unit.macs is None else choice.rank * chosen.unit.macs
+        return replace(
+            static,
+            scheme=choice.scheme,
+            rank=choice.rank,
+            full_rank=chosen.full_rank,
+            macs_after=macs,
+            params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
+            error=float(chosen.errors()[choice.rank]),
+        )
+
+
+def make_plan(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    scheme: str = "auto",
+    rule: RankRule,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    round_to: int = 1,
+) -> Plan:
+    """Decide, from the weights as they are, which layers to decompose and at which rank. The model is left as it was.
+
+    Arguments and errors are those of Planner.
+
+    >>> from rankprune.ranks import RankFraction
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    >>> make_plan(model, rule=RankFraction(0.25)).ranks
+    {'0': 16}
+    """
+    planner = Planner(
+        model,
+        scheme=scheme,
+        rule=rule,
+        example_inputs=example_inputs,
+        include=include,
+        exclude=exclude,
+        round_to=round_to,
+    )
+    return planner.plan(planner.bases())
+
+
+def _option(layer: Layer, scheme: Scheme, row: LayerCost | None) -> Option:
+    pair = scheme.empty_pair(layer.module, 1).to("meta")
+    unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.weight.numel() for half in pair))
+    return Option(layer, scheme, unit, Cost(row.macs if row else None, layer.module.weight.numel()))
+
+
+def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:
+    """The plan's entry of a module that stays as it is."""
+    weight = module._parameters.get("weight")
+    lazy = any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False))
+    params = 0 if lazy else sum(p.numel() for p in module.parameters(recurse=False))
+    macs = row.macs if row else None
+    return LayerPlan(
+        name=name,
+        kind=type(module).__name__,
+        shape=() if weight is None or lazy else tuple(weight.shape),
+        scheme=None,
+        rank=None,
+        full_rank=None,
+        macs_before=macs,
+        macs_after=macs,
+        params_before=params,
+        params_after=params,
+        error=0.0,
+        reason=reason,
+    )

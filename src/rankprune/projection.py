@@ -1,0 +1,69 @@
+"""Make the weights of a dense model low-rank, in place, at the ranks of a plan."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rankprune import linalg
+from rankprune.errors import RankPruneError
+from rankprune.layers import unwrap
+from rankprune.linalg import Basis
+from rankprune.plan import Plan
+from rankprune.schemes import SCHEMES
+
+
+def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules that the plan decomposes, by name.
+
+    Raises:
+        RankPruneError: if the model has no such module, or one of another type or shape.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for name, entry in plan.decomposed.items():
+        module = modules.get(name)
+        if module is None:
+            raise RankPruneError(f"the plan names a layer {name!r}, which this {type(model).__name__} does not have")
+        weight = module._parameters.get("weight")
+        shape = None if weight is None else tuple(weight.shape)
+        if type(module).__name__ != entry.kind or shape != entry.shape:
+            raise RankPruneError(
+                f"the plan has layer {name!r} as {entry.kind} with a weight of shape {entry.shape}; this model has "
+                f"{type(module).__name__} with {shape}: make a new plan for it"
+            )
+        found[name] = module
+    return found
+
+
+def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]:
+    """The basis of every layer that the plan decomposes, under its planned scheme."""
+    modules = planned_modules(model, plan)
+    entries = [plan.decomposed[name] for name in modules]
+    keys = [(e.name, e.scheme or "") for e in entries]
+    stacks = [SCHEMES[s].to_matrices(modules[n], modules[n].get_parameter("weight").detach()) for n, s in keys]
+    return dict(zip(keys, linalg.bases(stacks, list(modules)), strict=True))
+
+
+@torch.no_grad()
+def project(model: nn.Module, plan: Plan, bases: Mapping[tuple[str, str], Basis] | None = None) -> None:
+    """Replace each planned weight by its nearest one of the planned rank (TRP, equation 3), in place.
+
+    The parameters stay the same objects, so optimizers and compiled models go on as before.
+
+    Args:
+        bases: those of the present weights, where the caller has them already.
+
+    Raises:
+        RankPruneError: if the plan does not fit the model.
+        FactorizationError: if a weight is not finite.
+    """
+    model = unwrap(model)
+    modules = planned_modules(model, plan)
+    bases = factor_planned(model, plan) if bases is None else bases
+    for name, entry in plan.decomposed.items():
+        module, scheme = modules[name], SCHEMES[entry.scheme or ""]
+        weight = module.get_parameter("weight")
+        matrices = scheme.to_matrices(module, weight)
+        low = linalg.project(matrices, bases[name, scheme.name], entry.rank or 1)
+        weight.copy_(scheme.to_weight(module, low))

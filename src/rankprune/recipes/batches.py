@@ -1,0 +1,84 @@
+"""Batches from an ImageSet: augmentation of a whole batch as one gather, normalisation, channels_last."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """uint8 NHWC -> float32 NCHW in channels_last order: (x / 255 - mean) / std."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scale = 1 / (255 * torch.tensor(self.std, device=images.device))
+        shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
+        return torch.addcmul(-shift, images.float(), scale).permute(0, 3, 1, 2)
+
+
+class TrainBatches:
+    """Shuffled, randomly cropped (zero padding of 4) and flipped batches; the last, incomplete one is dropped.
+
+    An epoch's order and crops depend on `seed` and the epoch's number alone, so a resumed run sees the same batches.
+
+    Args:
+        data: the images; moved to `device` once, padded.
+        batch: images per batch.
+        augment: False for the plain images in random order.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch: int,
+        *,
+        seed: int = 0,
+        augment: bool = True,
+        pad: int = 4,
+        normalize: Normalize | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.pad = pad if augment else 0
+        self.augment = augment
+        self.images = torch.nn.functional.pad(data.images, (0, 0, self.pad, self.pad, self.pad, self.pad)).to(device)
+        self.labels = data.labels.to(device)
+        self.height, self.width = data.images.shape[1:3]
+        self.batch, self.seed = batch, seed
+        self.normalize = normalize or Normalize()
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of epoch `number`: images (batch, 3, h, w) float32 and labels (batch,)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        for index in order[: len(self) * self.batch].view(-1, self.batch):
+            yield self.normalize(self._crop(index, generator)), self.labels[index]
+
+    def _crop(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Random crops and flips of the images at `index` (b,) -> (b, height, width, 3) uint8."""
+        if not self.augment:
+            return self.images[index]
+        draws = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
+        flip = torch.randint(2, (self.batch, 1), generator=generator).bool()
+        rows = draws[0] + torch.arange(self.height)  # (b, height)
+        across = torch.arange(self.width)
+        columns = draws[1] + torch.where(flip, self.width - 1 - across, across)  # (b, width)
+        device = self.images.device
+        return self.images[index[:, None, None], rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
+
+
+def eval_batches(
+    data: ImageSet, batch: int = 500, normalize: Normalize | None = None, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in order, unaugmented: images (<= batch, 3, h, w) float32 and labels."""
+    normalize = normalize or Normalize()
+    for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
+        yield normalize(images.to(device)), labels.to(device)

@@ -1,0 +1,39 @@
+"""The decomposition schemes by name. A new scheme is one file and one entry here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+from rankprune.errors import RankPruneError
+from rankprune.schemes.base import CONVOLUTIONS, Scheme
+from rankprune.schemes.channel import Channel
+from rankprune.schemes.decoupled import Decoupled
+from rankprune.schemes.linear import Linear
+from rankprune.schemes.spatial import Spatial
+
+__all__ = ["CONVOLUTIONS", "SCHEMES", "Scheme", "schemes_for"]
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType({s.name: s for s in (Channel(), Spatial(), Decoupled(), Linear())})
+
+
+def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme, ...], str | None]:
+    """The schemes that the user's choice `scheme` (a name or ``"auto"``) means for `layer`.
+
+    Linear layers always use the linear scheme.
+
+    Returns:
+        The schemes that can express the layer; where there is none, also the reason.
+
+    Raises:
+        RankPruneError: if there is no such scheme.
+    """
+    convolutional = [name for name in SCHEMES if name != Linear.name]
+    if scheme not in (*convolutional, "auto"):
+        raise RankPruneError(f"unknown scheme {scheme!r}; choose one of {', '.join([*convolutional, 'auto'])}")
+    if type(layer) is nn.Linear:
+        return (SCHEMES[Linear.name],), None
+    wanted = [SCHEMES[name] for name in (convolutional if scheme == "auto" else [scheme])]
+    reasons = [s.unsupported(layer) for s in wanted]
+    fitting = tuple(s for s, reason in zip(wanted, reasons, strict=True) if reason is None)
+    return fitting, None if fitting else reasons[0]

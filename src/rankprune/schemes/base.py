@@ -1,0 +1,127 @@
+"""What a scheme is: a weight seen as a stack of matrices, and two stock layers made from factors of those matrices.
+
+Throughout, a layer maps c input channels to n output channels in g groups with kernel k1 x ... x kd. Its *grouped* weight
+has shape (g, n/g, c/g, k1, ..., kd), whether the layer is a convolution or a transposed one.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.Conv1d,
+    nn.Conv2d: nn.Conv2d,
+    nn.Conv3d: nn.Conv3d,
+    nn.ConvTranspose1d: nn.Conv1d,
+    nn.ConvTranspose2d: nn.Conv2d,
+    nn.ConvTranspose3d: nn.Conv3d,
+}
+"""The convolution types, each with the ordinary convolution of the same dimension."""
+
+
+class Scheme(ABC):
+    """Maps a layer's weight to a stack of matrices and back, and builds the pair of layers for given factors.
+
+    A scheme holds no state. All matrices of a layer's stack share one rank.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unsupported(self, layer: nn.Module) -> str | None:
+        """Why this scheme cannot express `layer`, or None where it can."""
+
+    @abstractmethod
+    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weight as a stack of matrices, shape (stack, rows, columns)."""
+
+    @abstractmethod
+    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+        """The inverse of to_matrices: (stack, rows, columns) -> the shape of layer.weight."""
+
+    @abstractmethod
+    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
+        """Two stock layers of rank `rank` in the place of `layer`, weights uninitialised, on its device and dtype."""
+
+    @abstractmethod
+    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors left (stack, rows, r) and right (stack, r, columns) -> the weights of the two layers, in order."""
+
+    def pair(self, layer: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
+        """Two stock layers that compute what `layer` would with the weight ``to_weight(left @ right)``.
+
+        The pair takes over the layer's bias (on its second half), device, dtype, memory format, mode and requires_grad.
+
+        Shapes: left (stack, rows, r), right (stack, r, columns).
+        """
+        pair = self.empty_pair(layer, left.shape[-1])
+        dense = layer.get_parameter("weight")
+        with torch.no_grad():
+            for half, weight in zip(pair, self.pair_weights(layer, left, right), strict=True):
+                half.get_parameter("weight").copy_(weight).requires_grad_(dense.requires_grad)
+            if layer.bias is not None:
+                bias = layer.get_parameter("bias")
+                pair[1].get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+        if dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last):
+            pair = pair.to(memory_format=torch.channels_last)
+        return pair.train(layer.training)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is a transposed convolution, whose weight is (c, n/g, ...) rather than (n, c/g, ...)."""
+    return bool(getattr(layer, "transposed", False))
+
+
+def to_grouped(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The weight of a convolution -> (g, n/g, c/g, k1, ..., kd)."""
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
+    return grouped.transpose(1, 2) if is_transposed(layer) else grouped
+
+
+def from_grouped(layer: nn.Module, grouped: Tensor) -> Tensor:
+    """The inverse of to_grouped."""
+    return (grouped.transpose(1, 2) if is_transposed(layer) else grouped).flatten(0, 1)
+
+
+def conv_like(
+    layer: nn.Module, in_channels: int, out_channels: int, *, groups: int, axes: range, bias: bool = False
+) -> nn.Module:
+    """A stock convolution that treats the kernel axes in `axes` as `layer` does and is 1 wide along all others.
+
+    Stride, dilation, padding (numbers, 'same' or 'valid', any padding_mode) and output_padding follow their axis, so two such
+    layers with complementary `axes` together cover the geometry of `layer`. With no axes it is a pointwise convolution.
+    """
+    weight = layer.get_parameter("weight")
+
+    def along(values: tuple[int, ...], elsewhere: int) -> tuple[int, ...]:
+        return tuple(v if axis in axes else elsewhere for axis, v in enumerate(values))
+
+    kind = type(layer)
+    keywords = {}
+    if not axes:
+        kind = CONVOLUTIONS[kind]
+    elif is_transposed(layer):
+        keywords["output_padding"] = along(layer.output_padding, 0)
+    padding = layer.padding if isinstance(layer.padding, str) else along(layer.padding, 0)
+    return nn.utils.skip_init(
+        kind,
+        in_channels,
+        out_channels,
+        kernel_size=along(layer.kernel_size, 1),
+        stride=along(layer.stride, 1),
+        padding=padding if axes else 0,
+        dilation=along(layer.dilation, 1),
+        groups=groups,
+        bias=bias,
+        padding_mode=layer.padding_mode if axes else "zeros",
+        device=weight.device,
+        dtype=weight.dtype,
+        **keywords,
+    )
+
+
+def kernel_axes(layer: nn.Module) -> range:
+    """The indices of a convolution's kernel axes, 0 to d - 1."""
+    return range(len(layer.kernel_size))

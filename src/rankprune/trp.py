@@ -1,0 +1,251 @@
+"""Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankprune import linalg
+from rankprune.cost import Inputs
+from rankprune.decompose import decompose
+from rankprune.errors import RankPruneError
+from rankprune.plan import Plan
+from rankprune.planner import Bases, Planner
+from rankprune.projection import project
+from rankprune.ranks import RankRule
+
+_ATTACHED: WeakSet[Optimizer] = WeakSet()
+
+
+class TRP:
+    """Trained Rank Pruning (arXiv 1812.02402) around the user's own training loop.
+
+    After every `every`-th optimizer step the rule chooses ranks from the present spectra, and the weights of the layers
+    that it would decompose are replaced by their truncated SVD; the next iteration then runs on low-rank weights
+    (TRP, algorithm 1). Other layers keep their full capacity.
+
+    Args:
+        model: the dense model in training; compile and DataParallel wrappers are looked through.
+        scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"``.
+        rule: decides the ranks at every projection, like ``Energy(keep=0.98)`` or ``Budget(macs=0.4)``.
+        every: optimizer steps from one projection to the next, m in the paper.
+        nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added to the gradient right before a step. Like
+            weight decay in SGD it comes after clipping and is scaled by the learning rate.
+        nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
+            not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
+        ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards the end.
+            0 applies the rule in full from the start. Rules that can: Budget and Energy.
+        freeze: after this many steps the ranks are chosen no more, and projections keep to them; None never freezes.
+        example_inputs, include, exclude, round_to: as in make_plan.
+
+    Attributes:
+        plan: the plan of the last projection; None before the first.
+        steps: optimizer steps taken while attached (steps that a GradScaler skipped are not counted).
+        history: for every projection the step it followed and the rank of each layer it decomposed.
+
+    Raises:
+        RankPruneError: for values out of range and whatever make_plan raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rule: RankRule,
+        scheme: str = "auto",
+        every: int = 20,
+        nuclear: float = 0.0,
+        nuclear_cadence: Literal["step", "projection"] = "step",
+        ramp: int = 0,
+        freeze: int | None = None,
+        example_inputs: Inputs | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        round_to: int = 1,
+    ) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise RankPruneError(f"every={every}: give a whole number of optimizer steps, at least 1, like 20")
+        if not nuclear >= 0:
+            raise RankPruneError(f"nuclear={nuclear}: give a weight of at least 0, like 3e-4")
+        if nuclear_cadence not in ("step", "projection"):
+            raise RankPruneError(f"nuclear_cadence={nuclear_cadence!r}: choose 'step' or 'projection'")
+        if ramp < 0 or (freeze is not None and freeze < ramp):
+            raise RankPruneError(f"ramp={ramp}, freeze={freeze}: give ramp >= 0, and freeze no earlier than the ramp's end")
+        if ramp:
+            rule.relaxed(0.5)  # raises for a rule that cannot be annealed
+        self._planner = Planner(
+            model,
+            scheme=scheme,
+            rule=rule,
+            example_inputs=example_inputs,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+        )
+        self.model = self._planner.model
+        self.every, self.nuclear, self.nuclear_cadence = every, nuclear, nuclear_cadence
+        self.ramp, self.freeze = ramp, freeze
+        self.plan: Plan | None = None
+        self.steps = 0
+        self.history: list[tuple[int, dict[str, int]]] = []
+        self._projected_at: int | None = None
+        self._subgradients: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._optimizer: Optimizer | None = None
+
+    # -- the optimizer's hooks ------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Optimizer) -> "TRP":
+        """Hook into `optimizer` and return self.
+
+        Raises:
+            RankPruneError: if already attached, if another TRP is attached to this optimizer, or if the optimizer does not hold
+                the weights of the layers to be decomposed.
+        """
+        if self._handles:
+            raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
+        if optimizer in _ATTACHED:
+            raise RankPruneError("another TRP is attached to this optimizer; call detach() on it first")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, layer in self._planner.layers.items() if id(layer.module.weight) not in held]
+        if missing:
+            raise RankPruneError(
+                f"the optimizer does not hold the weights of {len(missing)} of {len(self._planner.layers)} layers "
+                f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out with exclude="
+            )
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._optimizer = optimizer
+        _ATTACHED.add(optimizer)
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off. The weights stay as they are; attach() goes on where it stopped."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._optimizer is not None:
+            _ATTACHED.discard(self._optimizer)
+        self._optimizer = None
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not self._subgradients or _overflowed(optimizer):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_subgradients(optimizer)
+            return None
+
+        # With a closure the gradients come into being inside the step, so the term is added there.
+        def with_nuclear_term() -> Any:
+            loss = closure()
+            self._add_subgradients(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": with_nuclear_term}
+        return (args[0], with_nuclear_term, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _add_subgradients(self, optimizer: Optimizer) -> None:
+        # A GradScaler leaves the gradients of fused optimizers scaled, and tells the scale here.
+        scale = getattr(optimizer, "grad_scale", None)
+        for name, subgradient in self._subgradients.items():
+            gradient = self._planner.layers[name].module.weight.grad
+            if gradient is not None:
+                term = subgradient.to(gradient.dtype)
+                gradient.add_(term if scale is None else term * scale.to(term.device), alpha=self.nuclear)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if _overflowed(optimizer):
+            return
+        self.steps += 1
+        if self.nuclear_cadence == "projection":
+            self._subgradients = {}
+        if self.steps % self.every == 0:
+            self.project()
+
+    # -- projecting -----------------------------------------------------------------------------------------------
+
+    def project(self) -> Plan:
+        """Choose ranks and project the weights now, whatever the step; returns the plan, also kept in `plan`.
+
+        Raises:
+            FactorizationError: naming the layer, if a weight is not finite.
+        """
+        bases = self._planner.bases()
+        if self.plan is None or self.freeze is None or self.steps < self.freeze:
+            self.plan = self._planner.plan(bases, self._rule())
+        project(self.model, self.plan, bases)
+        if self.nuclear:
+            self._subgradients = self._nuclear_terms(self.plan, bases)
+        self._projected_at = self.steps
+        self.history.append((self.steps, self.plan.ranks))
+        return self.plan
+
+    def _rule(self) -> RankRule:
+        progress = 1.0 if self.steps >= self.ramp else self.steps / self.ramp
+        return self._planner.rule if progress == 1 else self._planner.rule.relaxed(1 - (1 - progress) ** 3)
+
+    def _nuclear_terms(self, plan: Plan, bases: Bases) -> dict[str, Tensor]:
+        """U V^T of each considered layer in the shape of its weight, from the spectra before the projection."""
+        terms = {}
+        for name, options in self._planner.options.items():
+            entry = plan.decomposed.get(name)
+            option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
+            module, scheme = option.layer.module, option.scheme
+            matrices = scheme.to_matrices(module, module.weight.detach())
+            terms[name] = scheme.to_weight(module, linalg.nuclear_subgradient(matrices, bases[name, scheme.name]))
+        return terms
+
+    def finalize(self) -> nn.Module:
+        """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
+
+        If the last step was itself followed by a projection in full, that one counts.
+        """
+        if self._projected_at != self.steps or self.steps < self.ramp:
+            self.ramp = min(self.ramp, self.steps)
+            self.project()
+        self.detach()
+        assert self.plan is not None
+        return decompose(self.model, self.plan)
+
+    # -- resuming -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the states of the model and the optimizer: plain values and tensors."""
+        return {
+            "steps": self.steps,
+            "projected_at": self._projected_at,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "history": [(step, dict(ranks)) for step, ranks in self.history],
+            "subgradients": {name: term.clone() for name, term in self._subgradients.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from state_dict(), bit for bit.
+
+        Raises:
+            RankPruneError: if the state is of another model.
+        """
+        unknown = set(state["subgradients"]) - set(self._planner.layers)
+        if unknown:
+            raise RankPruneError(f"this state is of another model: it has layers {sorted(unknown)[:3]}, which are not considered here")
+        self.steps = state["steps"]
+        self._projected_at = state["projected_at"]
+        self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
+        self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
+        self._subgradients = {
+            name: term.to(self._planner.layers[name].module.weight.device).clone() for name, term in state["subgradients"].items()
+        }
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler told a fused optimizer to skip this step."""
+    found: Callable[[], float] | Tensor | None = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
