@@ -1,5 +1,6 @@
 """rankprune: train a network so that its layers become low-rank, then replace each by two thin ones, exactly."""
 
+from rankprune.checkpoint import load, save
 from rankprune.cost import Count, Timing, count, measure
 from rankprune.decompose import decompose
 from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
@@ -27,8 +28,10 @@ __all__ = [
     "Timing",
     "count",
     "decompose",
+    "load",
     "make_plan",
     "measure",
     "project",
+    "save",
 ]
 __version__ = "0.1.0"

@@ -5,10 +5,12 @@ or with the reason why the layer stays dense. Ranks are at least 1, and a pair t
 never chosen.
 """
 
+import ast
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -300,3 +302,38 @@ def _least_error(options: Sequence[_Options], allowed: int) -> list[int]:
         if rate.view(-1)[best] <= 0:
             return picks.tolist()
         picks[best // rate.shape[1]] = best % rate.shape[1]
+
+
+RULES: Mapping[str, type[RankRule]] = MappingProxyType(
+    {rule.__name__: rule for rule in (Energy, SingularValue, FixedRank, RankFraction, Budget)}
+)
+
+
+def parse_rule(text: str) -> RankRule:
+    """A rule from its text, as in Python: ``"Budget(macs=1/2.2)"``, ``"Energy(keep=0.98)"``; values may be fractions.
+
+    Raises:
+        RankPruneError: for anything else.
+    """
+    wrong = RankPruneError(f"cannot read the rule {text!r}; write it like Budget(macs=0.4) or Energy(keep=0.98)")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise wrong from error
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.func.id not in RULES or tree.args:
+        raise wrong
+    try:
+        return RULES[tree.func.id](**{k.arg or "": _number(k.value) for k in tree.keywords})
+    except (TypeError, SyntaxError, ZeroDivisionError) as error:
+        raise wrong from error
+
+
+def _number(node: ast.expr) -> float | int | None:
+    """A constant, or the quotient of two."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return (_number(node.left) or 0) / (_number(node.right) or 0)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -(_number(node.operand) or 0)
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, int | float)):
+        return node.value
+    raise SyntaxError("not a number")

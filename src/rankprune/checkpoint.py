@@ -1,0 +1,188 @@
+"""Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankprune.decompose import skeleton
+from rankprune.errors import CheckpointError, RankPruneError
+from rankprune.layers import unwrap
+from rankprune.plan import Plan
+
+FORMAT = 1
+"""Version of an artefact. A reader refuses any other."""
+_WEIGHTS, _HEAD = "model.safetensors", "rankprune.json"
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema")
+
+
+def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
+    """Write a decomposed model to `folder`: its tensors in model.safetensors, the plan and format version in rankprune.json.
+
+    Tensors that the model shares are written once and are shared again after load.
+
+    Raises:
+        CheckpointError: if the model does not have the pairs that the plan speaks of.
+    """
+    model = unwrap(model)
+    modules = dict(model.named_modules())
+    for name, entry in plan.decomposed.items():
+        pair = modules.get(name)
+        if not isinstance(pair, nn.Sequential) or len(pair) != 2:
+            raise CheckpointError(
+                f"layer {name!r} is a {type(pair).__name__}, but the plan decomposes it at rank {entry.rank}: save the model "
+                "that decompose(model, plan) returned"
+            )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    aliases = save_tensors(folder / _WEIGHTS, model)
+    head = {"format": FORMAT, "architecture": type(model).__name__, "torch": torch.__version__, "aliases": aliases}
+    (folder / _HEAD).write_text(json.dumps({**head, "plan": json.loads(plan.to_json())}, indent=1))
+
+
+def save_tensors(path: str | Path, model: nn.Module) -> dict[str, str]:
+    """Write the state_dict to a safetensors file, each shared tensor once; returns the names left out and their twins."""
+    tensors, aliases = _unique(unwrap(model).state_dict())
+    save_file(tensors, path)
+    return aliases
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """The decomposed model in `folder`, built from a fresh dense `model` of the same architecture, which is untouched.
+
+    Tensors keep the dtype they were saved with and go to the device of `model`; an artefact saved on a GPU loads on a CPU.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated, foreign or of another format, or the architecture differs; it says
+            in what, and what to do.
+    """
+    folder = Path(folder)
+    plan, aliases = _read_head(folder)
+    tensors = read_tensors(folder / _WEIGHTS)
+    try:
+        small = skeleton(model, plan)
+    except RankPruneError as error:
+        raise CheckpointError(f"the artefact {str(folder)!r} does not fit this model: {error}") from error
+    tensors |= {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    load_exactly(small, tensors, str(folder))
+    return small
+
+
+def load_plan(folder: str | Path) -> Plan:
+    """The plan of an artefact.
+
+    Raises:
+        CheckpointError: as load.
+    """
+    return _read_head(Path(folder))[0]
+
+
+def _read_head(folder: Path) -> tuple[Plan, dict[str, str]]:
+    path = folder / _HEAD
+    if not path.is_file():
+        raise CheckpointError(f"no artefact in {str(folder)!r}: {_HEAD} is missing; give the folder that save() wrote")
+    try:
+        head = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: not JSON ({error}); copy or save it again") from error
+    if not isinstance(head, dict) or "plan" not in head:
+        raise CheckpointError(f"{str(path)!r} was not written by rankprune: it holds no plan")
+    if head.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{str(path)!r} is of format {head.get('format')!r}, this version reads {FORMAT}: save it again with this version"
+        )
+    return Plan.from_json(json.dumps(head["plan"])), head.get("aliases", {})
+
+
+def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into the model, all of them and into all of it, keeping their dtypes.
+
+    Only BatchNorm's num_batches_tracked may be missing, as it is from files written before it existed.
+
+    Raises:
+        CheckpointError: listing missing, surplus and differently shaped tensors.
+    """
+    own = model.state_dict()
+    tensors = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(tensors)
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is not in the model" for name in tensors if name not in own]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{source!r} does not fit this {type(model).__name__}: {'; '.join(problems[:5])}{more}. Build the model as it was "
+            "when it was saved"
+        )
+    with torch.no_grad():
+        for name, slot in (*model.named_parameters(), *model.named_buffers()):
+            if name in tensors and slot.dtype != tensors[name].dtype:
+                slot.data = slot.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """A model's state_dict from a user's file, on the CPU.
+
+    ``.safetensors`` files, and PyTorch's own (``.pt``, ``.pth``, ``.th``, ``.bin``) read with ``weights_only=True``. A state_dict
+    nested under a usual key is found, and prefixes left by DataParallel and torch.compile are taken off.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds no state_dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r}")
+    if path.suffix == ".safetensors":
+        try:
+            return _without_prefixes(load_file(path, device="cpu"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file ({error}); copy or save it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{str(path)!r} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone"
+        ) from error
+    return _without_prefixes(_find_state_dict(content, path))
+
+
+def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    nested = [content] + ([content[key] for key in _NESTED if key in content] if isinstance(content, Mapping) else [])
+    for value in nested:
+        if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+            return dict(value)
+    keys = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
+    raise CheckpointError(f"{str(path)!r} holds no state_dict of tensors, but {keys}; save model.state_dict()")
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    while tensors and (prefix := next((p for p in _WRAPPER_PREFIXES if all(k.startswith(p) for k in tensors)), None)):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return dict(tensors)
+
+
+def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous tensors without shared ones, and the names left out, each with the name it shares its tensor with."""
+    kept: dict[str, Tensor] = {}
+    first: dict[tuple, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            kept[name] = tensor.detach().contiguous()
+    return {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in kept.items()}, aliases

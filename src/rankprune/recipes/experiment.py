@@ -1,0 +1,263 @@
+"""One experiment: a config in a TOML file or from the command line, one network trained and decomposed, one JSON."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import rankprune
+from rankprune.checkpoint import load, load_exactly, read_tensors, save, save_tensors
+from rankprune.cost import count, cpu_name, measure_together
+from rankprune.decompose import decompose
+from rankprune.errors import RankPruneError
+from rankprune.plan import Plan
+from rankprune.planner import make_plan
+from rankprune.ranks import parse_rule
+from rankprune.recipes.batches import TrainBatches, eval_batches
+from rankprune.recipes.evaluation import top1
+from rankprune.recipes.images import ImageSet, load_images
+from rankprune.recipes.resnet import resnet
+from rankprune.recipes.training import EpochLog, Progress, TrainConfig, train
+from rankprune.trp import TRP
+
+Method = Literal["dense", "trp", "trp+nu", "decompose"]
+
+
+@dataclass(frozen=True)
+class TrpConfig:
+    """The low-rank side of an experiment; `ramp` and `freeze` are fractions of the whole training. See TRP."""
+
+    rule: str = "Budget(macs=1/2.2)"
+    scheme: str = "spatial"
+    every: int = 20
+    nuclear: float = 0.0
+    nuclear_cadence: Literal["step", "projection"] = "step"
+    ramp: float = 0.5
+    freeze: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to run.
+
+    Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP; "decompose" trains nothing and decomposes
+    what it starts from. `start` is where the weights come from: a file in the folder of pretrained models, or the name of an
+    experiment that has run ("run:NAME" takes the dense weights it ended with), or nothing for a fresh network. `holdout` images of the
+    training split are kept out of it and take the place of the test split, for making choices.
+    """
+
+    name: str
+    method: Method = "trp"
+    model: str = "resnet20"
+    dataset: str = "cifar10"
+    start: str | None = None
+    batch: int = 128
+    augment: bool = True
+    holdout: int = 0
+    training: TrainConfig = field(default_factory=TrainConfig)
+    trp: TrpConfig = field(default_factory=TrpConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in ("dense", "trp", "trp+nu", "decompose"):
+            raise RankPruneError(f"method={self.method!r}: choose dense, trp, trp+nu or decompose")
+        if self.method == "decompose" and not self.start:
+            raise RankPruneError("method 'decompose' needs weights to start from: set start to 'run:NAME' or to a file")
+        if self.method == "trp+nu" and not self.trp.nuclear:
+            raise RankPruneError("method 'trp+nu' needs a nuclear weight: set trp.nuclear, like 3e-4")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Experiment":
+        """Read a TOML file; tables [training] and [trp] hold their fields, the name is the file's.
+
+        Raises:
+            RankPruneError: if it is not TOML or has an unknown field.
+        """
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise RankPruneError(f"cannot read the experiment {str(path)!r}: {error}") from error
+        training = _build(TrainConfig, data.pop("training", {}), path)
+        trp = _build(TrpConfig, data.pop("trp", {}), path)
+        return _build(cls, {"name": path.stem, **data, "training": training, "trp": trp}, path)
+
+    def with_seed(self, seed: int) -> "Experiment":
+        """The same experiment with another seed, named after it."""
+        name = self.name if seed == self.training.seed else f"{self.name}-seed{seed}"
+        return replace(self, name=name, training=replace(self.training, seed=seed))
+
+
+def _build(kind: type, data: dict[str, Any], path: Path) -> Any:
+    unknown = set(data) - {f.name for f in fields(kind)}
+    if unknown:
+        known = ", ".join(f.name for f in fields(kind))
+        raise RankPruneError(f"{str(path)!r} has unknown fields {sorted(unknown)}; known ones are {known}")
+    return kind(**data)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are: data sets (one folder each), pretrained models, and runs (checkpoints and artefacts)."""
+
+    data: Path
+    models: Path
+    runs: Path
+
+    @classmethod
+    def from_environment(cls, runs: str | Path = "runs") -> "Folders":
+        """`RANKPRUNE_DATA` (default ``data``); pretrained models in its ``models`` folder or beside it."""
+        data = Path(os.environ.get("RANKPRUNE_DATA", "data"))
+        models = data / "models"
+        return cls(data, models if models.is_dir() else data.parent / "models", Path(runs))
+
+
+def run(
+    experiment: Experiment, folders: Folders, on_step: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
+    """Run an experiment, or what is left of it, and return its result, ready for JSON.
+
+    The run's folder gets dense.safetensors (the weights before decomposition), the artefact, and the checkpoint. All figures
+    of the decomposed network are those of the artefact loaded again.
+
+    Raises:
+        RankPruneError: for missing data or weights, and for whatever a bad config leads to.
+    """
+    e, folder = experiment, folders.runs / experiment.name
+    torch.manual_seed(e.training.seed)
+    source = folders.data / e.dataset if (folders.data / e.dataset).is_dir() else folders.data
+    train_set = load_images(source, "train")
+    if e.holdout:
+        train_set, test_set = train_set.split(e.holdout)
+    else:
+        test_set = load_images(source, "test")
+    model = resnet(e.model, len(train_set.classes)).to(memory_format=torch.channels_last)
+    if e.start:
+        load_exactly(model, read_tensors(_start_file(e.start, folders)), e.start)
+    x = next(eval_batches(test_set, 1))[0]
+    log, trp = _train(e, model, train_set, x, folder, on_step)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = _describe(e, log, len(train_set), len(test_set), folder)
+    if e.method == "dense":
+        save_tensors(folder / "dense.safetensors", model)
+        cost = count(model, x)
+        result |= {"top1_dense": top1(model, eval_batches(test_set)), "macs_dense": cost.macs, "params_dense": cost.params}
+    else:
+        plan, small = _decompose(e, model, trp, x)
+        save_tensors(folder / "dense.safetensors", model)
+        save(folder / "artefact", small, plan)
+        small = load(folder / "artefact", resnet(e.model, len(train_set.classes)))
+        result |= _compare(model, small, plan, test_set, x)
+    return result
+
+
+def _start_file(start: str, folders: Folders) -> Path:
+    if start.startswith("run:"):
+        file = folders.runs / start.removeprefix("run:") / "dense.safetensors"
+        if not file.is_file():
+            raise RankPruneError(f"start={start!r}: {str(file)!r} is not there; run that experiment first")
+        return file
+    return folders.models / start
+
+
+def _train(
+    e: Experiment, model: nn.Module, data: ImageSet, x: torch.Tensor, folder: Path, on_step: Callable[[Progress], None] | None
+) -> tuple[list[EpochLog], TRP | None]:
+    if e.method == "decompose":
+        return [], None
+    batches = TrainBatches(data, e.batch, seed=e.training.seed, augment=e.augment)
+    trp = None
+    if e.method != "dense":
+        steps = e.training.epochs * len(batches)
+        trp = TRP(
+            model,
+            rule=parse_rule(e.trp.rule),
+            scheme=e.trp.scheme,
+            every=e.trp.every,
+            nuclear=e.trp.nuclear,
+            nuclear_cadence=e.trp.nuclear_cadence,
+            ramp=round(e.trp.ramp * steps),
+            freeze=None if e.trp.freeze is None else round(e.trp.freeze * steps),
+            example_inputs=x,
+        )
+    return train(model, batches, e.training, trp=trp, checkpoint=folder / "checkpoint.pt", on_step=on_step), trp
+
+
+def _decompose(e: Experiment, model: nn.Module, trp: TRP | None, x: torch.Tensor) -> tuple[Plan, nn.Module]:
+    if trp is not None:
+        small = trp.finalize()
+        assert trp.plan is not None
+        return trp.plan, small
+    plan = make_plan(model, x, scheme=e.trp.scheme, rule=parse_rule(e.trp.rule))
+    return plan, decompose(model, plan)
+
+
+def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet, x: torch.Tensor) -> dict[str, Any]:
+    batch = next(eval_batches(test_set, 64))[0]
+    before, after = count(model, x), count(small, x)
+    times = measure_together({"dense": model, "small": small}, batch)
+    return {
+        "top1_before_decomposition": top1(model, eval_batches(test_set)),
+        "top1": top1(small, eval_batches(test_set)),
+        "macs_dense": before.macs,
+        "macs": after.macs,
+        "params_dense": before.params,
+        "params": after.params,
+        "ms_dense": round(times["dense"].median_ms, 3),
+        "ms": round(times["small"].median_ms, 3),
+        "ms_batch": len(batch),
+        "ms_spread": round(max(t.spread for t in times.values()), 3),
+        "ranks": plan.ranks,
+    }
+
+
+def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int, folder: Path) -> dict[str, Any]:
+    return {
+        "name": e.name,
+        "model": e.model,
+        "dataset": e.dataset,
+        "method": e.method,
+        "scheme": None if e.method == "dense" else e.trp.scheme,
+        "epochs": e.training.epochs if e.method != "decompose" else 0,
+        "seed": e.training.seed,
+        "train_images": trained_on,
+        "test_images": tested_on,
+        "test_split": "holdout" if e.holdout else "test",
+        "wall_s": round(sum(entry.seconds for entry in log), 1),
+        "log": [asdict(entry) for entry in log],
+        "config": asdict(e),
+        "commit": commit(),
+        "versions": {"rankprune": rankprune.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file is in, with a + if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(result: dict[str, Any], folder: str | Path) -> Path:
+    """Write a result to <folder>/<name>.json."""
+    path = Path(folder) / f"{result['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

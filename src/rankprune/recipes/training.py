@@ -1,0 +1,170 @@
+"""The training loop of the recipes: SGD with a cosine schedule, any attached TRP, checkpoints, exact resume."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankprune.errors import CheckpointError, RankPruneError
+from rankprune.recipes.batches import TrainBatches
+from rankprune.trp import TRP
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. `precision` is that of autocast; "auto" takes bfloat16 where the processor multiplies it natively."""
+
+    epochs: int = 30
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    precision: Precision = "auto"
+    compile: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise RankPruneError(f"epochs={self.epochs}: give 0 or more")
+        if not self.lr > 0:
+            raise RankPruneError(f"lr={self.lr}: give a positive learning rate")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, after each step: `loss` is a tensor still on its device, so that looking at it is what costs."""
+
+    epoch: int
+    step: int
+    steps_per_epoch: int
+    lr: float
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """One finished epoch: mean training loss, seconds taken, and the ranks then in force (empty before a projection)."""
+
+    epoch: int
+    loss: float
+    seconds: float
+    ranks: dict[str, int]
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here; emulated ones are slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return False
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine from config.lr to 0 over `total` steps."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, total - config.warmup_steps)))
+
+
+def train(
+    model: nn.Module,
+    batches: TrainBatches,
+    config: TrainConfig,
+    *,
+    trp: TRP | None = None,
+    checkpoint: Path | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> list[EpochLog]:
+    """Train `model` in place and return a log of its epochs.
+
+    Args:
+        trp: attached to the optimizer for the length of the training, then detached; finalize() is left to the caller.
+        checkpoint: written after every epoch. If it is there at the start and of the same config, the run goes on from it and
+            ends as it would have ended uninterrupted.
+
+    Raises:
+        CheckpointError: if the checkpoint is of a run with another config.
+        RankPruneError: if there are fewer images than one batch.
+    """
+    if not len(batches):
+        raise RankPruneError(f"{len(batches.labels)} images do not fill one batch of {batches.batch}; use a smaller batch")
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+    )
+    log: list[EpochLog] = []
+    if checkpoint is not None and checkpoint.is_file():
+        log = _resume(checkpoint, model, optimizer, trp, config)
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_native_bfloat16(device))
+    forward = torch.compile(model) if config.compile else model
+    total = config.epochs * len(batches)
+    if trp is not None:
+        trp.attach(optimizer)
+    model.train()
+    for epoch in range(len(log), config.epochs):
+        begin, losses = time.perf_counter(), torch.zeros((), device=device)
+        for i, (images, labels) in enumerate(batches.epoch(epoch)):
+            lr = learning_rate(config, epoch * len(batches) + i, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits = forward(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += loss.detach()
+            if on_step is not None:
+                on_step(Progress(epoch, i + 1, len(batches), lr, loss.detach()))
+        mean = float(losses) / len(batches)
+        seconds = round(time.perf_counter() - begin, 2)
+        log.append(EpochLog(epoch, mean, seconds, trp.plan.ranks if trp is not None and trp.plan is not None else {}))
+        if not math.isfinite(mean):
+            raise RankPruneError(f"the loss is {mean} after epoch {epoch}: lower the learning rate (lr={config.lr})")
+        if checkpoint is not None:
+            _write(checkpoint, model, optimizer, trp, config, log)
+    if trp is not None:
+        trp.detach()
+    return log
+
+
+def _write(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, config: TrainConfig, log: list[EpochLog]
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "trp": None if trp is None else trp.state_dict(),
+        "config": json.dumps(asdict(config), sort_keys=True),
+        "log": [asdict(entry) for entry in log],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")  # a kill while writing leaves the last whole checkpoint in place
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, config: TrainConfig
+) -> list[EpochLog]:
+    device = next(model.parameters()).device
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["config"] != json.dumps(asdict(config), sort_keys=True) or (state["trp"] is None) != (trp is None):
+        raise CheckpointError(f"{str(path)!r} is of a run with another config ({state['config']}); delete it, or choose another folder")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if trp is not None:
+        trp.load_state_dict(state["trp"])
+    return [EpochLog(**entry) for entry in state["log"]]
