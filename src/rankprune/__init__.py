@@ -9,6 +9,7 @@ from rankprune.planner import make_plan
 from rankprune.projection import project
 from rankprune.ranks import Budget, Energy, FixedRank, RankFraction, SingularValue
 from rankprune.trp import TRP
+from rankprune.version import VERSION as __version__
 
 __all__ = [
     "TRP",
@@ -26,6 +27,7 @@ __all__ = [
     "RankPruneError",
     "SingularValue",
     "Timing",
+    "__version__",
     "count",
     "decompose",
     "load",
@@ -34,4 +36,3 @@ __all__ = [
     "project",
     "save",
 ]
-__version__ = "0.1.0"

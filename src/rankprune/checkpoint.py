@@ -147,7 +147,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         try:
             return _without_prefixes(load_file(path, device="cpu"))
         except SafetensorError as error:
-            raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file ({error}); copy or save it again") from error
+            raise CheckpointError(
+                f"{str(path)!r} is truncated or not a safetensors file ({error}); copy or save it again"
+            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:

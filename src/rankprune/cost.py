@@ -115,9 +115,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
         for name, module in leaves.items():
             before: list[int] = []
 
-            def enter(
-                _: nn.Module, args: tuple, kwargs: dict, before: list[int] = before, name: str = name
-            ) -> None:
+            def enter(_: nn.Module, args: tuple, kwargs: dict, before: list[int] = before, name: str = name) -> None:
                 before.append(counter.get_total_flops())
                 first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
                 shapes[name].append(tuple(first.shape) if first is not None else ())

@@ -1,9 +1,9 @@
 """Truncated singular value decompositions, batched. The only file that calls torch.linalg.
 
 Everything follows from one orthonormal basis of a matrix's shorter side, ordered by singular value. With A (rows, columns) and
-Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factors are ``Q_r`` and ``Q_r^T A``, and the nuclear-norm
-sub-gradient is ``Q S^-1 Q^T A`` (TRP, equations 4 and 5); for a tall A the same on the right. The basis comes from the Gram
-matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower weights
+Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factors are ``Q_r`` and ``Q_r^T A``, and the nuclear
+norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP, equations 4 and 5); for a tall A the same on the right. The basis comes from
+the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower weights
 that leaves singular values right to 1e-6 of the largest, below which they are rounding of the weights themselves. Float64
 weights deserve more and get a true SVD.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from rankprune.errors import FactorizationError
+
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
         )
     try:
         return _by_svd(batch) if batch.dtype == torch.float64 else _by_gram(batch)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         parts = [_one_by_one(matrix, label) for matrix, label in zip(batch, labels, strict=True)]
         values, vectors = (torch.stack(part).to(batch.device) for part in zip(*parts, strict=True))
         return values, vectors
@@ -86,7 +88,7 @@ def _by_svd(batch: Tensor) -> tuple[Tensor, Tensor]:
 def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = _by_svd(matrix.cpu()[None])
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise FactorizationError(
             f"the weight of layer {label!r}, {tuple(matrix.shape)} as a matrix, has no singular value decomposition even in "
             f"float64 on the CPU ({error}); leave the layer out with exclude=[{label!r}]"

@@ -16,8 +16,8 @@ FORMAT = 1
 class LayerPlan:
     """One layer: the scheme and rank it gets, or the reason why it stays dense.
 
-    `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the bias. `error` is the
-    share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
+    `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
+    bias. `error` is the share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
     """
 
     name: str

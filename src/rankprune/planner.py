@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class Option:
     """A layer under one scheme, with the cost of one rank. What does not change while the weights train."""
 
     layer: Layer
-    scheme: Scheme
+    scheme: Scheme[Any]
     unit: Cost
     dense: Cost
 
@@ -162,10 +163,10 @@ def make_plan(
     return planner.plan(planner.bases())
 
 
-def _option(layer: Layer, scheme: Scheme, row: LayerCost | None) -> Option:
+def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
     pair = scheme.empty_pair(layer.module, 1).to("meta")
-    unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.weight.numel() for half in pair))
-    return Option(layer, scheme, unit, Cost(row.macs if row else None, layer.module.weight.numel()))
+    unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.get_parameter("weight").numel() for half in pair))
+    return Option(layer, scheme, unit, Cost(row.macs if row else None, layer.module.get_parameter("weight").numel()))
 
 
 def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:

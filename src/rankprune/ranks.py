@@ -44,8 +44,8 @@ class Cost:
 class Candidate:
     """One layer under one scheme.
 
-    `values` (stack, k) are its singular values, descending; `unit` is the cost of each rank (costs are proportional to the rank,
-    a bias aside); `dense` the cost of the layer as it is, bias not counted; ranks are multiples of `round_to`.
+    `values` (stack, k) are its singular values, descending; `unit` is the cost of each rank (costs are proportional to the
+    rank, a bias aside); `dense` the cost of the layer as it is, bias not counted; ranks are multiples of `round_to`.
     """
 
     scheme: str

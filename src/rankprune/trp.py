@@ -36,8 +36,8 @@ class TRP:
             weight decay in SGD it comes after clipping and is scaled by the learning rate.
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
-        ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards the end.
-            0 applies the rule in full from the start. Rules that can: Budget and Energy.
+        ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
+            the end. 0 applies the rule in full from the start. Rules that can: Budget and Energy.
         freeze: after this many steps the ranks are chosen no more, and projections keep to them; None never freezes.
         example_inputs, include, exclude, round_to: as in make_plan.
 
@@ -102,19 +102,20 @@ class TRP:
         """Hook into `optimizer` and return self.
 
         Raises:
-            RankPruneError: if already attached, if another TRP is attached to this optimizer, or if the optimizer does not hold
-                the weights of the layers to be decomposed.
+            RankPruneError: if already attached, if another TRP is attached to this optimizer, or if the optimizer does not
+                hold the weights of the layers to be decomposed.
         """
         if self._handles:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
         if optimizer in _ATTACHED:
             raise RankPruneError("another TRP is attached to this optimizer; call detach() on it first")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, layer in self._planner.layers.items() if id(layer.module.weight) not in held]
+        missing = [n for n, layer in self._planner.layers.items() if id(layer.module.get_parameter("weight")) not in held]
         if missing:
             raise RankPruneError(
                 f"the optimizer does not hold the weights of {len(missing)} of {len(self._planner.layers)} layers "
-                f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out with exclude="
+                f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out "
+                "with exclude="
             )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -133,7 +134,9 @@ class TRP:
             _ATTACHED.discard(self._optimizer)
         self._optimizer = None
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._subgradients or _overflowed(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -149,19 +152,19 @@ class TRP:
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": with_nuclear_term}
-        return (args[0], with_nuclear_term, *args[2:]), kwargs
+        return (optimizer, with_nuclear_term, *args[2:]), kwargs
 
     @torch.no_grad()
     def _add_subgradients(self, optimizer: Optimizer) -> None:
         # A GradScaler leaves the gradients of fused optimizers scaled, and tells the scale here.
         scale = getattr(optimizer, "grad_scale", None)
         for name, subgradient in self._subgradients.items():
-            gradient = self._planner.layers[name].module.weight.grad
+            gradient = self._planner.layers[name].module.get_parameter("weight").grad
             if gradient is not None:
                 term = subgradient.to(gradient.dtype)
                 gradient.add_(term if scale is None else term * scale.to(term.device), alpha=self.nuclear)
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _overflowed(optimizer):
             return
         self.steps += 1
@@ -199,7 +202,7 @@ class TRP:
             entry = plan.decomposed.get(name)
             option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
             module, scheme = option.layer.module, option.scheme
-            matrices = scheme.to_matrices(module, module.weight.detach())
+            matrices = scheme.to_matrices(module, module.get_parameter("weight").detach())
             terms[name] = scheme.to_weight(module, linalg.nuclear_subgradient(matrices, bases[name, scheme.name]))
         return terms
 
@@ -235,13 +238,16 @@ class TRP:
         """
         unknown = set(state["subgradients"]) - set(self._planner.layers)
         if unknown:
-            raise RankPruneError(f"this state is of another model: it has layers {sorted(unknown)[:3]}, which are not considered here")
+            raise RankPruneError(
+                f"this state is of another model: it has layers {sorted(unknown)[:3]}, which are not considered here"
+            )
         self.steps = state["steps"]
         self._projected_at = state["projected_at"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._subgradients = {
-            name: term.to(self._planner.layers[name].module.weight.device).clone() for name, term in state["subgradients"].items()
+            name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
+            for name, term in state["subgradients"].items()
         }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 
@@ -17,20 +18,22 @@ class Normalize:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Normalise images (b, h, w, 3) uint8 -> (b, 3, h, w) float32."""
         scale = 1 / (255 * torch.tensor(self.std, device=images.device))
         shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
         return torch.addcmul(-shift, images.float(), scale).permute(0, 3, 1, 2)
 
 
 class TrainBatches:
-    """Shuffled, randomly cropped (zero padding of 4) and flipped batches; the last, incomplete one is dropped.
+    """Shuffled, randomly cropped and flipped batches; the last, incomplete one is dropped.
 
     An epoch's order and crops depend on `seed` and the epoch's number alone, so a resumed run sees the same batches.
 
     Args:
         data: the images; moved to `device` once, padded.
         batch: images per batch.
-        augment: False for the plain images in random order.
+        pad: pixels of black border that crops may reach into; 0 for no crops.
+        flip: whether to mirror half of the images.
     """
 
     def __init__(
@@ -39,14 +42,13 @@ class TrainBatches:
         batch: int,
         *,
         seed: int = 0,
-        augment: bool = True,
         pad: int = 4,
+        flip: bool = True,
         normalize: Normalize | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.pad = pad if augment else 0
-        self.augment = augment
-        self.images = torch.nn.functional.pad(data.images, (0, 0, self.pad, self.pad, self.pad, self.pad)).to(device)
+        self.pad, self.flip = pad, flip
+        self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(device)
         self.labels = data.labels.to(device)
         self.height, self.width = data.images.shape[1:3]
         self.batch, self.seed = batch, seed
@@ -64,10 +66,8 @@ class TrainBatches:
 
     def _crop(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """Random crops and flips of the images at `index` (b,) -> (b, height, width, 3) uint8."""
-        if not self.augment:
-            return self.images[index]
         draws = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
-        flip = torch.randint(2, (self.batch, 1), generator=generator).bool()
+        flip = torch.randint(2, (self.batch, 1), generator=generator).bool() & self.flip
         rows = draws[0] + torch.arange(self.height)  # (b, height)
         across = torch.arange(self.width)
         columns = draws[1] + torch.where(flip, self.width - 1 - across, across)  # (b, width)

@@ -51,8 +51,8 @@ class Experiment:
 
     Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP; "decompose" trains nothing and decomposes
     what it starts from. `start` is where the weights come from: a file in the folder of pretrained models, or the name of an
-    experiment that has run ("run:NAME" takes the dense weights it ended with), or nothing for a fresh network. `holdout` images of the
-    training split are kept out of it and take the place of the test split, for making choices.
+    experiment that has run ("run:NAME" takes the dense weights it ended with), or nothing for a fresh network. `holdout`
+    images of the training split are kept out of it and take the place of the test split, for making choices.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Experiment:
     dataset: str = "cifar10"
     start: str | None = None
     batch: int = 128
-    augment: bool = True
     holdout: int = 0
     training: TrainConfig = field(default_factory=TrainConfig)
     trp: TrpConfig = field(default_factory=TrpConfig)
@@ -120,9 +119,7 @@ class Folders:
         return cls(data, models if models.is_dir() else data.parent / "models", Path(runs))
 
 
-def run(
-    experiment: Experiment, folders: Folders, on_step: Callable[[Progress], None] | None = None
-) -> dict[str, Any]:
+def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Run an experiment, or what is left of it, and return its result, ready for JSON.
 
     The run's folder gets dense.safetensors (the weights before decomposition), the artefact, and the checkpoint. All figures
@@ -139,7 +136,8 @@ def run(
         train_set, test_set = train_set.split(e.holdout)
     else:
         test_set = load_images(source, "test")
-    model = resnet(e.model, len(train_set.classes)).to(memory_format=torch.channels_last)
+    model = resnet(e.model, len(train_set.classes))
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     if e.start:
         load_exactly(model, read_tensors(_start_file(e.start, folders)), e.start)
     x = next(eval_batches(test_set, 1))[0]
@@ -149,7 +147,11 @@ def run(
     if e.method == "dense":
         save_tensors(folder / "dense.safetensors", model)
         cost = count(model, x)
-        result |= {"top1_dense": top1(model, eval_batches(test_set)), "macs_dense": cost.macs, "params_dense": cost.params}
+        result |= {
+            "top1_dense": top1(model, eval_batches(test_set)),
+            "macs_dense": cost.macs,
+            "params_dense": cost.params,
+        }
     else:
         plan, small = _decompose(e, model, trp, x)
         save_tensors(folder / "dense.safetensors", model)
@@ -169,11 +171,16 @@ def _start_file(start: str, folders: Folders) -> Path:
 
 
 def _train(
-    e: Experiment, model: nn.Module, data: ImageSet, x: torch.Tensor, folder: Path, on_step: Callable[[Progress], None] | None
+    e: Experiment,
+    model: nn.Module,
+    data: ImageSet,
+    x: torch.Tensor,
+    folder: Path,
+    on_step: Callable[[Progress], None] | None,
 ) -> tuple[list[EpochLog], TRP | None]:
     if e.method == "decompose":
         return [], None
-    batches = TrainBatches(data, e.batch, seed=e.training.seed, augment=e.augment)
+    batches = TrainBatches(data, e.batch, seed=e.training.seed)
     trp = None
     if e.method != "dense":
         steps = e.training.epochs * len(batches)
@@ -235,7 +242,11 @@ def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: in
         "log": [asdict(entry) for entry in log],
         "config": asdict(e),
         "commit": commit(),
-        "versions": {"rankprune": rankprune.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "rankprune": rankprune.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),

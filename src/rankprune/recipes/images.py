@@ -81,13 +81,13 @@ def load_images(path: str | Path, split: str, size: int | None = None) -> ImageS
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays and plain containers, nothing else: the official files need no more."""
 
-    allowed = {
+    allowed = (
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
         ("_codecs", "encode"),
-    }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
@@ -155,5 +155,7 @@ def _decode(data: bytes, size: int | None) -> Tensor:
 def _stack(pixels: list[Tensor], source: Path) -> Tensor:
     shapes = {tuple(p.shape) for p in pixels}
     if len(shapes) > 1:
-        raise RankPruneError(f"images under {str(source)!r} differ in size ({sorted(shapes)[:3]}, ...); give a size to resize to")
+        raise RankPruneError(
+            f"images under {str(source)!r} differ in size ({sorted(shapes)[:3]}, ...); give a size to resize to"
+        )
     return torch.stack(pixels)

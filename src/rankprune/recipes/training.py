@@ -102,7 +102,11 @@ def train(
         raise RankPruneError(f"{len(batches.labels)} images do not fill one batch of {batches.batch}; use a smaller batch")
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
     )
     log: list[EpochLog] = []
     if checkpoint is not None and checkpoint.is_file():
@@ -141,7 +145,12 @@ def train(
 
 
 def _write(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, config: TrainConfig, log: list[EpochLog]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trp: TRP | None,
+    config: TrainConfig,
+    log: list[EpochLog],
 ) -> None:
     state = {
         "model": model.state_dict(),
@@ -162,7 +171,9 @@ def _resume(
     device = next(model.parameters()).device
     state = torch.load(path, map_location=device, weights_only=True)
     if state["config"] != json.dumps(asdict(config), sort_keys=True) or (state["trp"] is None) != (trp is None):
-        raise CheckpointError(f"{str(path)!r} is of a run with another config ({state['config']}); delete it, or choose another folder")
+        raise CheckpointError(
+            f"{str(path)!r} is of a run with another config ({state['config']}); delete it, or choose another folder"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if trp is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +15,10 @@ from rankprune.schemes.spatial import Spatial
 
 __all__ = ["CONVOLUTIONS", "SCHEMES", "Scheme", "schemes_for"]
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType({s.name: s for s in (Channel(), Spatial(), Decoupled(), Linear())})
+SCHEMES: Mapping[str, Scheme[Any]] = MappingProxyType({s.name: s for s in (Channel(), Spatial(), Decoupled(), Linear())})
 
 
-def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme, ...], str | None]:
+def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme[Any], ...], str | None]:
     """The schemes that the user's choice `scheme` (a name or ``"auto"``) means for `layer`.
 
     Linear layers always use the linear scheme.

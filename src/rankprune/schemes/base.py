@@ -5,10 +5,13 @@ has shape (g, n/g, c/g, k1, ..., kd), whether the layer is a convolution or a tr
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as Convolution
+
+L = TypeVar("L", bound=nn.Module)
 
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.Conv1d,
@@ -21,7 +24,7 @@ CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
 """The convolution types, each with the ordinary convolution of the same dimension."""
 
 
-class Scheme(ABC):
+class Scheme(ABC, Generic[L]):
     """Maps a layer's weight to a stack of matrices and back, and builds the pair of layers for given factors.
 
     A scheme holds no state. All matrices of a layer's stack share one rank.
@@ -34,22 +37,22 @@ class Scheme(ABC):
         """Why this scheme cannot express `layer`, or None where it can."""
 
     @abstractmethod
-    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def to_matrices(self, layer: L, weight: Tensor) -> Tensor:
         """The weight as a stack of matrices, shape (stack, rows, columns)."""
 
     @abstractmethod
-    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+    def to_weight(self, layer: L, matrices: Tensor) -> Tensor:
         """The inverse of to_matrices: (stack, rows, columns) -> the shape of layer.weight."""
 
     @abstractmethod
-    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
+    def empty_pair(self, layer: L, rank: int) -> nn.Sequential:
         """Two stock layers of rank `rank` in the place of `layer`, weights uninitialised, on its device and dtype."""
 
     @abstractmethod
-    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_weights(self, layer: L, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Factors left (stack, rows, r) and right (stack, r, columns) -> the weights of the two layers, in order."""
 
-    def pair(self, layer: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
+    def pair(self, layer: L, left: Tensor, right: Tensor) -> nn.Sequential:
         """Two stock layers that compute what `layer` would with the weight ``to_weight(left @ right)``.
 
         The pair takes over the layer's bias (on its second half), device, dtype, memory format, mode and requires_grad.
@@ -65,44 +68,43 @@ class Scheme(ABC):
                 bias = layer.get_parameter("bias")
                 pair[1].get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
         if dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last):
-            pair = pair.to(memory_format=torch.channels_last)
+            nn.utils.convert_conv2d_weight_memory_format(pair, torch.channels_last)
         return pair.train(layer.training)
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer is a transposed convolution, whose weight is (c, n/g, ...) rather than (n, c/g, ...)."""
-    return bool(getattr(layer, "transposed", False))
+def not_a_convolution(layer: nn.Module) -> str | None:
+    """The reason why a scheme for convolutions cannot express `layer`, if it is something else."""
+    return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
 
 
-def to_grouped(layer: nn.Module, weight: Tensor) -> Tensor:
+def to_grouped(layer: Convolution, weight: Tensor) -> Tensor:
     """The weight of a convolution -> (g, n/g, c/g, k1, ..., kd)."""
     grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
-    return grouped.transpose(1, 2) if is_transposed(layer) else grouped
+    return grouped.transpose(1, 2) if layer.transposed else grouped
 
 
-def from_grouped(layer: nn.Module, grouped: Tensor) -> Tensor:
+def from_grouped(layer: Convolution, grouped: Tensor) -> Tensor:
     """The inverse of to_grouped."""
-    return (grouped.transpose(1, 2) if is_transposed(layer) else grouped).flatten(0, 1)
+    return (grouped.transpose(1, 2) if layer.transposed else grouped).flatten(0, 1)
 
 
 def conv_like(
-    layer: nn.Module, in_channels: int, out_channels: int, *, groups: int, axes: range, bias: bool = False
+    layer: Convolution, in_channels: int, out_channels: int, *, groups: int, axes: range, bias: bool = False
 ) -> nn.Module:
     """A stock convolution that treats the kernel axes in `axes` as `layer` does and is 1 wide along all others.
 
     Stride, dilation, padding (numbers, 'same' or 'valid', any padding_mode) and output_padding follow their axis, so two such
     layers with complementary `axes` together cover the geometry of `layer`. With no axes it is a pointwise convolution.
     """
-    weight = layer.get_parameter("weight")
 
     def along(values: tuple[int, ...], elsewhere: int) -> tuple[int, ...]:
         return tuple(v if axis in axes else elsewhere for axis, v in enumerate(values))
 
-    kind = type(layer)
+    kind: type[nn.Module] = type(layer)
     keywords = {}
     if not axes:
         kind = CONVOLUTIONS[kind]
-    elif is_transposed(layer):
+    elif layer.transposed:
         keywords["output_padding"] = along(layer.output_padding, 0)
     padding = layer.padding if isinstance(layer.padding, str) else along(layer.padding, 0)
     return nn.utils.skip_init(
@@ -116,12 +118,12 @@ def conv_like(
         groups=groups,
         bias=bias,
         padding_mode=layer.padding_mode if axes else "zeros",
-        device=weight.device,
-        dtype=weight.dtype,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
         **keywords,
     )
 
 
-def kernel_axes(layer: nn.Module) -> range:
+def kernel_axes(layer: Convolution) -> range:
     """The indices of a convolution's kernel axes, 0 to d - 1."""
     return range(len(layer.kernel_size))

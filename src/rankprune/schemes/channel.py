@@ -2,31 +2,31 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import CONVOLUTIONS, Scheme, conv_like, from_grouped, kernel_axes, to_grouped
+from rankprune.schemes.base import Convolution, Scheme, conv_like, from_grouped, kernel_axes, not_a_convolution, to_grouped
 
 
-class Channel(Scheme):
+class Channel(Scheme[Convolution]):
     """One matrix (n/g, c/g * k1 * ... * kd) per group."""
 
     name = "channel"
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
+        return not_a_convolution(layer)
 
-    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         return to_grouped(layer, weight).flatten(2)
 
-    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+    def to_weight(self, layer: Convolution, matrices: Tensor) -> Tensor:
         return from_grouped(layer, matrices.unflatten(2, (-1, *layer.kernel_size)))
 
-    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
+    def empty_pair(self, layer: Convolution, rank: int) -> nn.Sequential:
         g, axes = layer.groups, kernel_axes(layer)
         return nn.Sequential(
             conv_like(layer, layer.in_channels, g * rank, groups=g, axes=axes),
             conv_like(layer, g * rank, layer.out_channels, groups=g, axes=axes[:0], bias=layer.bias is not None),
         )
 
-    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_weights(self, layer: Convolution, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         first = from_grouped(layer, right.unflatten(2, (-1, *layer.kernel_size)))  # grouped: (g, r, c/g, k1, ..., kd)
         second = left.flatten(0, 1).reshape(layer.out_channels, -1, *[1] * len(layer.kernel_size))  # (n, r, 1, ..., 1)
         return first, second

@@ -2,34 +2,35 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import CONVOLUTIONS, Scheme, conv_like, from_grouped, kernel_axes, to_grouped
+from rankprune.schemes.base import Convolution, Scheme, conv_like, from_grouped, kernel_axes, not_a_convolution, to_grouped
 
 
-class Decoupled(Scheme):
+class Decoupled(Scheme[Convolution]):
     """n matrices (c/g, k1 * ... * kd), one per output channel; the sum over r is done by the second, grouped layer."""
 
     name = "decoupled"
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        if type(layer) not in CONVOLUTIONS:
-            return f"{type(layer).__name__} is not a convolution"
-        return "a pointwise kernel has nothing to decouple" if set(layer.kernel_size) == {1} else None
+        if reason := not_a_convolution(layer):
+            return reason
+        pointwise = isinstance(layer, Convolution) and set(layer.kernel_size) == {1}
+        return "a pointwise kernel has nothing to decouple" if pointwise else None
 
-    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         return to_grouped(layer, weight).flatten(3).flatten(0, 1)
 
-    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+    def to_weight(self, layer: Convolution, matrices: Tensor) -> Tensor:
         grouped = matrices.unflatten(2, tuple(layer.kernel_size)).unflatten(0, (layer.groups, -1))
         return from_grouped(layer, grouped)
 
-    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
+    def empty_pair(self, layer: Convolution, rank: int) -> nn.Sequential:
         n, axes = layer.out_channels, kernel_axes(layer)
         return nn.Sequential(
             conv_like(layer, layer.in_channels, n * rank, groups=layer.groups, axes=axes[:0]),
             conv_like(layer, n * rank, n, groups=n, axes=axes, bias=layer.bias is not None),
         )
 
-    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_weights(self, layer: Convolution, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         first = left.transpose(1, 2).flatten(0, 1)  # (n * r, c/g): the r rows of an output channel stand together
         first = first.reshape(*first.shape, *[1] * len(layer.kernel_size))
         second = right.unflatten(2, (1, *layer.kernel_size)).transpose(1, 2)  # in n groups: (n, 1, r, k1, ..., kd)

@@ -1,11 +1,13 @@
 """Linear layers: the weight is the matrix."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from rankprune.schemes.base import Scheme
 
 
-class Linear(Scheme):
+class Linear(Scheme[nn.Linear]):
     """One matrix (n, c); the pair is Linear(c, r) without bias, then Linear(r, n)."""
 
     name = "linear"
@@ -13,18 +15,18 @@ class Linear(Scheme):
     def unsupported(self, layer: nn.Module) -> str | None:
         return None if type(layer) is nn.Linear else f"{type(layer).__name__} is not a linear layer"
 
-    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def to_matrices(self, layer: nn.Linear, weight: Tensor) -> Tensor:
         return weight[None]
 
-    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+    def to_weight(self, layer: nn.Linear, matrices: Tensor) -> Tensor:
         return matrices[0]
 
-    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    def empty_pair(self, layer: nn.Linear, rank: int) -> nn.Sequential:
+        like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         return nn.Sequential(
             nn.utils.skip_init(nn.Linear, layer.in_features, rank, bias=False, **like),
             nn.utils.skip_init(nn.Linear, rank, layer.out_features, bias=layer.bias is not None, **like),
         )
 
-    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_weights(self, layer: nn.Linear, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         return right[0], left[0]

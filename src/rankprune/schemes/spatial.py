@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import CONVOLUTIONS, Scheme, conv_like, from_grouped, kernel_axes, to_grouped
+from rankprune.schemes.base import Convolution, Scheme, conv_like, from_grouped, kernel_axes, not_a_convolution, to_grouped
 
 
-class Spatial(Scheme):
+class Spatial(Scheme[Convolution]):
     """One matrix (c/g * k1, n/g * k2 * ... * kd) per group: the first kernel axis is split from all others.
 
     In one dimension there is nothing else to split from: the second layer is then pointwise.
@@ -14,26 +14,26 @@ class Spatial(Scheme):
     name = "spatial"
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
+        return not_a_convolution(layer)
 
-    def to_matrices(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         grouped = to_grouped(layer, weight).flatten(4) if len(layer.kernel_size) > 1 else to_grouped(layer, weight)[..., None]
         return grouped.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # from (g, n/g, c/g, k1, k2 * ... * kd)
 
-    def to_weight(self, layer: nn.Module, matrices: Tensor) -> Tensor:
+    def to_weight(self, layer: Convolution, matrices: Tensor) -> Tensor:
         k1, *rest = layer.kernel_size
         n = layer.out_channels // layer.groups
         grouped = matrices.unflatten(2, (n, -1)).unflatten(1, (-1, k1)).permute(0, 3, 1, 2, 4)
         return from_grouped(layer, grouped.reshape(*grouped.shape[:4], *rest))
 
-    def empty_pair(self, layer: nn.Module, rank: int) -> nn.Sequential:
+    def empty_pair(self, layer: Convolution, rank: int) -> nn.Sequential:
         g, axes = layer.groups, kernel_axes(layer)
         return nn.Sequential(
             conv_like(layer, layer.in_channels, g * rank, groups=g, axes=axes[:1]),
             conv_like(layer, g * rank, layer.out_channels, groups=g, axes=axes[1:], bias=layer.bias is not None),
         )
 
-    def pair_weights(self, layer: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_weights(self, layer: Convolution, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         k1, *rest = layer.kernel_size
         n = layer.out_channels // layer.groups
         first = left.unflatten(1, (-1, k1)).permute(0, 3, 1, 2)  # (g, r, c/g, k1)
