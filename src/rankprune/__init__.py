@@ -4,6 +4,7 @@ from rankprune.checkpoint import load, save
 from rankprune.cost import Count, Timing, count, measure
 from rankprune.decompose import decompose
 from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
+from rankprune.export import export_onnx
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import make_plan
 from rankprune.projection import project
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "count",
     "decompose",
+    "export_onnx",
     "load",
     "make_plan",
     "measure",

@@ -134,8 +134,8 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """A model's state_dict from a user's file, on the CPU.
 
-    ``.safetensors`` files, and PyTorch's own (``.pt``, ``.pth``, ``.th``, ``.bin``) read with ``weights_only=True``. A state_dict
-    nested under a usual key is found, and prefixes left by DataParallel and torch.compile are taken off.
+    ``.safetensors`` files, and PyTorch's own (``.pt``, ``.pth``, ``.th``, ``.bin``) read with ``weights_only=True``. A
+    state_dict nested under a usual key is found, and prefixes left by DataParallel and torch.compile are taken off.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds no state_dict.

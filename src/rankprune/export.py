@@ -67,8 +67,8 @@ def export_onnx(model: nn.Module, x: Inputs, path: str | Path, *, dynamic_batch:
     if not difference <= tolerance:
         path.unlink()
         raise ExportError(
-            f"the exported {type(model).__name__} differs from the model by {difference:.2e} (relative), more than {tolerance:.0e}; "
-            "the file was removed. If the model computes in reduced precision, give a larger tolerance"
+            f"the exported {type(model).__name__} differs from the model by {difference:.2e} (relative), more than "
+            f"{tolerance:.0e}; the file was removed. If the model computes in reduced precision, give a larger tolerance"
         )
     return difference
 

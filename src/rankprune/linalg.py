@@ -2,10 +2,10 @@
 
 Everything follows from one orthonormal basis of a matrix's shorter side, ordered by singular value. With A (rows, columns) and
 Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factors are ``Q_r`` and ``Q_r^T A``, and the nuclear
-norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP, equations 4 and 5); for a tall A the same on the right. The basis comes from
-the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower weights
-that leaves singular values right to 1e-6 of the largest, below which they are rounding of the weights themselves. Float64
-weights deserve more and get a true SVD.
+norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP's regularisation); for a tall A the same on the right. The basis comes from
+the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower
+weights that leaves singular values right down to 1e-6 of the largest, below which they are rounding of the weights
+themselves. Float64 weights deserve more and get a true SVD.
 """
 
 from collections import defaultdict
@@ -125,7 +125,7 @@ def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
-    """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP, equation 5).
+    """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP's regularisation).
 
     Shapes: (stack, rows, columns) -> the same. Singular values below max(rows, columns) * eps of the largest count as
     zero, as in torch.linalg.matrix_rank.

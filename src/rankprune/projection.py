@@ -47,7 +47,7 @@ def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]
 
 @torch.no_grad()
 def project(model: nn.Module, plan: Plan, bases: Mapping[tuple[str, str], Basis] | None = None) -> None:
-    """Replace each planned weight by its nearest one of the planned rank (TRP, equation 3), in place.
+    """Replace each planned weight by its nearest one of the planned rank (TRP's low-rank iteration), in place.
 
     The parameters stay the same objects, so optimizers and compiled models go on as before.
 

@@ -136,7 +136,7 @@ class LocalRule(RankRule):
 
 @dataclass(frozen=True)
 class Energy(LocalRule):
-    """The smallest rank that keeps the share `keep` of each layer's squared singular values (TRP, equation 6).
+    """The smallest rank that keeps the share `keep` of each layer's squared singular values (TRP's energy threshold).
 
     >>> Energy(keep=0.9).rank_of(torch.tensor([[3.0, 1.0, 0.0]]))
     1

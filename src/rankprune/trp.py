@@ -25,7 +25,7 @@ class TRP:
 
     After every `every`-th optimizer step the rule chooses ranks from the present spectra, and the weights of the layers
     that it would decompose are replaced by their truncated SVD; the next iteration then runs on low-rank weights
-    (TRP, algorithm 1). Other layers keep their full capacity.
+    (TRP's low-rank iteration). Other layers keep their full capacity.
 
     Args:
         model: the dense model in training; compile and DataParallel wrappers are looked through.

@@ -1,7 +1,8 @@
-"""The demonstration: handwritten digits that ship with scikit-learn, one small residual network, three ways to make it small."""
+"""The demonstration: the digits that ship with scikit-learn, one small residual network, three ways to make it small."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,12 +60,14 @@ def digits() -> tuple[ImageSet, ImageSet]:
         raise MissingExtraError("scikit-learn", "demo") from error
     bunch: Any = load_digits()
     grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)
-    data = ImageSet(grey[..., None].expand(-1, -1, -1, 3).contiguous(), torch.from_numpy(bunch.target).long(), tuple("0123456789"))
+    data = ImageSet(
+        grey[..., None].expand(-1, -1, -1, 3).contiguous(), torch.from_numpy(bunch.target).long(), tuple("0123456789")
+    )
     return data.split(holdout=360)
 
 
 def demonstrate(
-    *, epochs: int = 30, fraction: float = 0.3, seed: int = 0, on_step: Callable[[str, Progress], None] | None = None
+    *, epochs: int = 20, fraction: float = 0.3, seed: int = 0, on_step: Callable[[str, Progress], None] | None = None
 ) -> Demonstration:
     """Train a ResNet-14 dense; decompose it plainly; train another with TRP to the same MACs and decompose that one.
 
@@ -88,7 +91,7 @@ def demonstrate(
         return top1(model, eval_batches(test, normalize=NORMALIZE))
 
     def report(name: str) -> Callable[[Progress], None] | None:
-        return None if on_step is None else lambda progress: on_step(name, progress)
+        return None if on_step is None else partial(on_step, name)
 
     dense, rule = network(), Budget(macs=fraction)
     train(dense, batches, config, on_step=report("dense"))
@@ -111,6 +114,7 @@ def demonstrate(
     times = measure_together(networks, many)
     costs = {name: count(model, x) for name, model in networks.items()}
     rows = tuple(
-        Row(name, accuracy(model), costs[name].macs, costs[name].params, times[name].median_ms) for name, model in networks.items()
+        Row(name, accuracy(model), costs[name].macs, costs[name].params, times[name].median_ms)
+        for name, model in networks.items()
     )
     return Demonstration(rows, dense, trained, small, trp.plan, trp.history, len(many))

@@ -266,9 +266,8 @@ def commit() -> str | None:
         return None
 
 
-def write(result: dict[str, Any], folder: str | Path) -> Path:
-    """Write a result to <folder>/<name>.json."""
-    path = Path(folder) / f"{result['name']}.json"
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write a result to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

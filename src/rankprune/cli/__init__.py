@@ -1,0 +1,20 @@
+"""The command line. It needs the extra "cli"."""
+
+import sys
+
+from rankprune.errors import MissingExtraError, RankPruneError
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line on standard error and exit status 2."""
+    try:
+        from rankprune.cli.app import app
+    except ImportError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(str(MissingExtraError(error.name, "cli")))
+    try:
+        app()
+    except RankPruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

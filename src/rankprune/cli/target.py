@@ -1,0 +1,65 @@
+"""The user's own model on the command line: ``package.module:callable``, a checkpoint or an artefact, an input shape."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.checkpoint import load, load_exactly, read_tensors
+from rankprune.errors import RankPruneError
+
+
+def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None = None) -> nn.Module:
+    """Call ``package.module:callable`` for a model in eval mode, and load a checkpoint or the artefact of a decomposed one.
+
+    The module is found as Python finds it, the working directory included.
+
+    Raises:
+        RankPruneError: if there is no such module or callable, it returns no model, or the file does not fit.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not attribute:
+        raise RankPruneError(f"--model {spec!r}: write it as package.module:callable, like rankprune.recipes.resnet:resnet20")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        build = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise RankPruneError(
+            f"--model {spec!r}: cannot import {module_name!r} ({error}); is it in the working directory?"
+        ) from error
+    except AttributeError as error:
+        raise RankPruneError(f"--model {spec!r}: {module_name!r} has no {attribute!r}") from error
+    model = build if isinstance(build, nn.Module) else build()
+    if not isinstance(model, nn.Module):
+        raise RankPruneError(f"--model {spec!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    if checkpoint is not None and artefact is not None:
+        raise RankPruneError("give either --checkpoint, for a dense model, or --artefact, for a decomposed one")
+    if checkpoint is not None:
+        load_exactly(model, read_tensors(checkpoint), str(checkpoint))
+    if artefact is not None:
+        model = load(artefact, model)
+    return model.eval()
+
+
+def example_input(shape: str) -> Tensor:
+    """A tensor of random values of the shape in a text like ``1,3,32,32``; with ``int:`` before it, of integers 0 and 1.
+
+    Raises:
+        RankPruneError: for anything else.
+    """
+    numbers = shape.removeprefix("int:")
+    try:
+        sizes = [int(n) for n in numbers.replace("x", ",").split(",")]
+        if min(sizes) < 1:
+            raise ValueError
+    except ValueError as error:
+        raise RankPruneError(
+            f"--input {shape!r}: give the shape of one batch, like 1,3,224,224 (or int:1,128 for tokens)"
+        ) from error
+    generator = torch.Generator().manual_seed(0)
+    if numbers != shape:
+        return torch.randint(2, sizes, generator=generator)
+    return torch.randn(sizes, generator=generator)

@@ -1,0 +1,11 @@
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("rankprune", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("rankprune")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,349 @@
+"""Artefacts that come back as they were written, and a clear word on every other file."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import rankprune as rp
+from rankprune.checkpoint import load_exactly, load_plan, read_tensors, save_tensors
+from rankprune.recipes.resnet import resnet
+
+
+class Net(nn.Module):
+    """A convolution, two linear layers, and an embedding tied to the last of them."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 16)
+        self.conv = nn.Conv1d(16, width, 3, padding=1)
+        self.norm = nn.BatchNorm1d(width)
+        self.inner = nn.Linear(width, 16)
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.norm(self.conv(self.table(tokens).mT)).relu()
+        return self.head(self.inner(y.mT))
+
+
+TOKENS = torch.arange(10).view(2, 5)
+
+
+def decomposed(model: nn.Module | None = None) -> tuple[nn.Module, rp.Plan]:
+    model = model or Net()
+    plan = rp.make_plan(model, rule=rp.FixedRank(3), include=["conv", "inner"], scheme="channel")
+    return rp.decompose(model, plan), plan
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Path:
+    rp.save(tmp_path / "out", *decomposed())
+    return tmp_path / "out"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    small, plan = decomposed()
+    small(TOKENS)  # moves the running statistics
+    rp.save(tmp_path / "a" / "b", small, plan)
+    fresh = Net()
+    before, rng = copy.deepcopy(fresh.state_dict()), torch.get_rng_state()
+    loaded = rp.load(str(tmp_path / "a" / "b"), fresh)
+    assert torch.equal(loaded.eval()(TOKENS), small.eval()(TOKENS))
+    assert load_plan(tmp_path / "a" / "b") == plan
+    assert loaded.head.weight is loaded.table.weight is not fresh.table.weight
+    assert loaded.state_dict().keys() == small.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert isinstance(fresh.conv, nn.Conv1d)
+
+
+def test_saving_again_replaces(artefact: Path) -> None:
+    small, plan = decomposed(Net(32))
+    rp.save(artefact, small, plan)
+    assert torch.equal(rp.load(artefact, Net(32)).eval()(TOKENS), small.eval()(TOKENS))
+
+
+def test_golden_names(artefact: Path) -> None:
+    assert sorted(p.name for p in artefact.iterdir()) == ["model.safetensors", "rankprune.json"]
+    head = json.loads((artefact / "rankprune.json").read_text())
+    assert head.keys() == {"format", "architecture", "torch", "aliases", "plan"}
+    assert (head["format"], head["architecture"]) == (1, "Net")
+    assert head["aliases"] == {"head.weight": "table.weight"}
+    assert head["plan"].keys() == {"format", "layers", "macs_dense", "params_dense", "scheme", "rule"}
+    assert head["plan"]["layers"][1].keys() == {
+        *("name", "kind", "shape", "scheme", "rank", "full_rank", "macs_before", "macs_after"),
+        *("params_before", "params_after", "error", "reason"),
+    }
+    with safe_open(artefact / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {
+            *("conv.0.weight", "conv.1.weight", "conv.1.bias", "inner.0.weight", "inner.1.weight", "inner.1.bias"),
+            *("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"),
+            "table.weight",
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_stays(tmp_path: Path, dtype: torch.dtype) -> None:
+    small, plan = decomposed(Net().to(dtype))
+    rp.save(tmp_path, small, plan)
+    loaded = rp.load(tmp_path, Net())
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert loaded.norm.num_batches_tracked.dtype == torch.int64
+    assert torch.equal(loaded.eval()(TOKENS), small.eval()(TOKENS))
+
+
+def decomposed_all(model: nn.Module) -> tuple[nn.Module, rp.Plan]:
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), scheme="channel", include=["*"])
+    return rp.decompose(model, plan), plan
+
+
+def channels_last() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).to(memory_format=torch.channels_last)
+    model.register_buffer("row", torch.arange(12.0).view(3, 4)[1])
+    return model
+
+
+def test_channels_last_and_views_are_saved_whole(tmp_path: Path) -> None:
+    small, plan = decomposed_all(channels_last())
+    rp.save(tmp_path, small, plan)
+    loaded = rp.load(tmp_path, channels_last())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in small.state_dict().items())
+    assert (tmp_path / "model.safetensors").stat().st_size < 4 * (2 * (27 + 2 * 16 + 144) + 16 * 4) + 2000
+
+
+def test_memory_format_and_requires_grad_are_those_of_the_fresh_model(tmp_path: Path) -> None:
+    rp.save(tmp_path, *decomposed_all(channels_last()))
+    fresh = channels_last()
+    fresh[0].weight.requires_grad_(False)
+    loaded = rp.load(tmp_path, fresh)
+    assert [p.requires_grad for p in loaded.parameters()] == [False, False, True, True, True, True]
+    assert loaded[1][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_child_named_like_a_wrapper(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("module", nn.Linear(16, 16))
+    small, plan = decomposed_all(model)
+    rp.save(tmp_path, small, plan)
+    x = torch.randn(2, 16)
+    assert torch.equal(rp.load(tmp_path, model)(x), small(x))
+
+
+def test_saving_a_model_that_is_not_the_plans(tmp_path: Path) -> None:
+    model = Net()
+    small, plan = decomposed(model)
+    with pytest.raises(rp.CheckpointError, match=r"'conv' is a Conv1d.*rank 3.*decompose"):
+        rp.save(tmp_path, model, plan)
+    other = rp.make_plan(model, rule=rp.FixedRank(4), include=["conv", "inner"], scheme="channel")
+    with pytest.raises(rp.CheckpointError, match="'conv'"):
+        rp.save(tmp_path, small, other)
+    assert not list(tmp_path.iterdir())
+
+
+OTHER_MODELS = {
+    "'conv'": lambda: nn.Sequential(nn.Linear(3, 3)),
+    r"'conv'.*\(24, 16, 3\).*\(32, 16, 3\)": lambda: Net(32),
+    "table.weight has shape.*7, 16": lambda: changed(table=nn.Embedding(7, 16)),
+    "more.weight is missing": lambda: changed(more=nn.LayerNorm(4)),
+    "norm.weight is not in the model": lambda: changed(norm=nn.Identity()),
+}
+
+
+def changed(**children: nn.Module) -> nn.Module:
+    model = Net()
+    for name, child in children.items():
+        setattr(model, name, child)
+    return model
+
+
+@pytest.mark.parametrize(("said", "build"), OTHER_MODELS.items(), ids=OTHER_MODELS)
+def test_wrong_architecture(artefact: Path, said: str, build: Callable) -> None:
+    with pytest.raises(rp.CheckpointError, match=said):
+        rp.load(artefact, build())
+
+
+def edit_head(artefact: Path, change: Callable[[dict], object]) -> None:
+    head = json.loads((artefact / "rankprune.json").read_text())
+    change(head)
+    (artefact / "rankprune.json").write_text(json.dumps(head))
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGE = {
+    "rankprune.json is missing": lambda a: (a / "rankprune.json").unlink(),
+    "no file .*model.safetensors": lambda a: (a / "model.safetensors").unlink(),
+    "truncated.*save it again": lambda a: cut(a / "model.safetensors", 900),
+    "truncated or not a safetensors": lambda a: cut(a / "model.safetensors", 0),
+    "not JSON": lambda a: cut(a / "rankprune.json", 300),
+    "damaged": lambda a: (a / "rankprune.json").write_bytes(b"\xff\xfe\x00"),
+    "not written by rankprune": lambda a: (a / "rankprune.json").write_text('{"format": 1}'),
+    "written by rankprune": lambda a: (a / "rankprune.json").write_text("[1, 2]"),
+    "format 2, this version reads 1": lambda a: edit_head(a, lambda h: h.update(format=2)),
+    "plan of format 1": lambda a: edit_head(a, lambda h: h["plan"].update(format=7)),
+    "unknown one": lambda a: edit_head(a, lambda h: h["plan"]["layers"][0].update(colour="red")),
+    "tucker": lambda a: edit_head(a, lambda h: h["plan"]["layers"][1].update(scheme="tucker")),
+    "conv.0.weight is missing": lambda a: save_file({"x": torch.zeros(1)}, a / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("said", "damage"), DAMAGE.items(), ids=DAMAGE)
+def test_damaged_artefact(artefact: Path, said: str, damage: Callable) -> None:
+    damage(artefact)
+    with pytest.raises(rp.CheckpointError, match=said):
+        rp.load(artefact, Net())
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(rp.CheckpointError, match=r"nowhere.*give the folder that save\(\) wrote"):
+        rp.load(tmp_path / "nowhere", Net())
+
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".bin", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_state_dict_files(tmp_path: Path, suffix: str, prefix: str) -> None:
+    path, state = tmp_path / f"weights{suffix}", {prefix + name: value for name, value in STATE.items()}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    found = read_tensors(path)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], value) for name, value in STATE.items())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_nested_state_dict(tmp_path: Path, key: str) -> None:
+    torch.save({"epoch": 3, key: {f"module.{n}": v for n, v in STATE.items()}, "optimizer": {}}, tmp_path / "c.pt")
+    assert read_tensors(tmp_path / "c.pt").keys() == STATE.keys()
+
+
+def test_a_prefix_on_some_names_only_is_a_name(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "c.pt")
+    assert read_tensors(tmp_path / "c.pt").keys() == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, torch.zeros(2)], ids=str)
+def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(rp.CheckpointError, match=r"c\.pt.*no state_dict.*save model\.state_dict\(\)"):
+        read_tensors(tmp_path / "c.pt")
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o, protocol=2))])
+@pytest.mark.parametrize("content", [lambda mark: {**STATE, "x": Exploit(mark)}, lambda mark: nn.Linear(2, 2)])
+def test_a_pickle_of_more_is_refused_unexecuted(tmp_path: Path, write: Callable, content: Callable) -> None:
+    write(content(tmp_path / "executed"), tmp_path / "c.pt")
+    with pytest.raises(rp.CheckpointError, match=r"save model\.state_dict\(\) alone"):
+        read_tensors(tmp_path / "c.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_files(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "c.pt"
+    torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for size in range(0, len(whole) - 8, 61):
+        path.write_bytes(whole[:size])
+        with pytest.raises(rp.CheckpointError, match=r"c\.pt"):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b'{"a": 1}', b"\x89PNG\r\n\x1a\n" + bytes(60), bytes(100)], ids=str)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_foreign_files(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"foreign{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(rp.CheckpointError, match="foreign"):
+        read_tensors(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.pt", tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(rp.CheckpointError, match="no file"):
+            read_tensors(path)
+
+
+def test_weights_saved_on_a_gpu(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    with zipfile.ZipFile(buffer) as saved, zipfile.ZipFile(tmp_path / "gpu.pt", "w") as moved:
+        for entry in saved.infolist():
+            data = saved.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+                assert b"cuda:0" in data
+            moved.writestr(entry.filename, data)
+    found = read_tensors(tmp_path / "gpu.pt")
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert torch.equal(found["a.weight"], STATE["a.weight"])
+
+
+def test_batchnorm_of_old_files_lacks_only_its_counter() -> None:
+    model = Net()
+    tensors = {name: value + 1 for name, value in Net().state_dict().items() if "num_batches" not in name}
+    load_exactly(model, tensors, "old.pt")
+    assert torch.equal(model.norm.running_mean, torch.ones(24))
+    with pytest.raises(rp.CheckpointError, match=r"'old.pt'.*norm.running_mean is missing"):
+        load_exactly(model, {n: v for n, v in tensors.items() if n != "norm.running_mean"}, "old.pt")
+
+
+def test_load_exactly_changes_nothing_when_it_fails() -> None:
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(rp.CheckpointError, match="surplus"):
+        load_exactly(model, {**Net().double().state_dict(), "surplus": torch.zeros(1)}, "x")
+    assert all(
+        value.dtype == before[n].dtype and torch.equal(value, before[n]) for n, value in model.state_dict().items()
+    )
+
+
+def test_save_tensors_of_a_compiled_model(tmp_path: Path) -> None:
+    model = Net()
+    aliases = save_tensors(tmp_path / "dense.safetensors", torch.compile(model, backend="eager"))
+    assert aliases == {"head.weight": "table.weight"}
+    assert read_tensors(tmp_path / "dense.safetensors").keys() == model.state_dict().keys() - aliases.keys()
+
+
+def test_an_artefact_of_an_empty_plan(tmp_path: Path) -> None:
+    model = Net()
+    plan = rp.make_plan(model, rule=rp.Energy(1.0), include=["inner"])
+    assert plan.ranks == {}
+    rp.save(tmp_path, rp.decompose(model, plan), replace(plan))
+    assert torch.equal(rp.load(tmp_path, Net()).eval()(TOKENS), model.eval()(TOKENS))
+
+
+DATA = Path(os.environ.get("RANKPRUNE_DATA", "data"))
+PRETRAINED = next((p for p in (DATA / "models", DATA.parent / "models") if p.is_dir()), DATA) / "resnet20-12fca82f.th"
+
+
+@pytest.mark.skipif(not PRETRAINED.is_file(), reason="no pretrained ResNet-20 in or beside RANKPRUNE_DATA")
+def test_pretrained_resnet20_loads_unchanged() -> None:
+    model = resnet("resnet20")
+    tensors = read_tensors(PRETRAINED)
+    load_exactly(model, tensors, str(PRETRAINED))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
+    assert len(tensors) >= sum(1 for _ in model.parameters())

@@ -1,0 +1,269 @@
+"""count against formulas worked out by hand, measure, and that neither disturbs the model."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankprune as rp
+from rankprune.cost import LayerCost, measure_together, pair_macs
+from rankprune.recipes.resnet import resnet
+
+B, L, D = 2, 5, 16  # batch, tokens, width
+
+
+def row(counted: rp.Count, name: str) -> LayerCost:
+    return next(r for r in counted.layers if r.name == name)
+
+
+def assert_adds_up(counted: rp.Count) -> None:
+    assert counted.functional_macs >= 0
+    assert sum(r.macs for r in counted.layers) + counted.functional_macs == counted.macs
+
+
+def test_resnet20() -> None:
+    counted = rp.count(resnet("resnet20"), torch.zeros(3, 3, 32, 32))
+    first, same, halving = 3 * 16 * 9 * 32 * 32, 16 * 16 * 9 * 32 * 32, 16 * 32 * 9 * 16 * 16
+    assert counted.macs == 3 * (first + 6 * same + 2 * (halving + 5 * same) + 64 * 10) == 3 * 40_551_040
+    assert counted.params == 269_722  # 0.27 M in He et al. 2016, table 6
+    assert row(counted, "layer2.0.conv1").macs == 3 * halving
+    assert counted.functional_macs == 0
+    assert counted.uncounted == ()
+    assert_adds_up(counted)
+
+
+KNOWN = [
+    (nn.Linear(8, 4), (2, 3, 8), 2 * 3 * 8 * 4),
+    (nn.Conv1d(4, 6, 5, stride=2), (2, 4, 11), 2 * 4 * 6 * 5 * 4),
+    (nn.Conv2d(4, 6, (3, 5), padding=1), (2, 4, 8, 8), 2 * 4 * 6 * 15 * 8 * 6),
+    (nn.Conv2d(8, 12, 3, groups=4, dilation=2), (1, 8, 9, 9), 2 * 12 * 9 * 5 * 5),
+    (nn.Conv2d(8, 8, 3, groups=8, padding="same", padding_mode="circular"), (1, 8, 9, 9), 8 * 9 * 81),
+    (nn.Conv3d(2, 3, 3), (1, 2, 5, 5, 5), 2 * 3 * 27 * 27),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5), 2 * 4 * 6 * 9 * 25),
+    (nn.ConvTranspose1d(4, 6, 3, groups=2), (1, 4, 7), 4 * 3 * 3 * 7),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "macs"), KNOWN, ids=lambda v: type(v).__name__)
+def test_one_layer(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    counted = rp.count(layer, torch.zeros(shape))
+    assert counted.macs == macs
+    assert counted.params == sum(p.numel() for p in layer.parameters())
+    (only,) = counted.layers
+    assert (only.name, only.kind, only.macs, only.input_shapes) == ("", type(layer).__name__, macs, (shape,))
+    assert pair_macs(nn.Sequential(copy.deepcopy(layer)).to("meta"), (shape, shape)) == 2 * macs
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(D, 3 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(B, L, 3, 4, D // 4).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+PROJECTIONS, PRODUCTS = 4 * B * L * D * D, 2 * B * L * L * D
+
+
+def test_fused_attention() -> None:
+    counted = rp.count(Attention(), torch.randn(B, L, D))
+    assert row(counted, "qkv").macs == 3 * B * L * D * D
+    assert counted.functional_macs == PRODUCTS
+    assert_adds_up(counted)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_attention(need_weights: bool) -> None:
+    x = torch.randn(B, L, D)
+    attention = nn.MultiheadAttention(D, 4, batch_first=True).eval()
+    counted = rp.count(attention, {"query": x, "key": x, "value": x, "need_weights": need_weights})
+    assert counted.macs == PROJECTIONS + PRODUCTS
+    assert_adds_up(counted)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_transformer_encoder_has_no_fast_path(wrapped: bool) -> None:
+    layer = nn.TransformerEncoderLayer(D, 4, dim_feedforward=32, batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, 2).eval() if wrapped else layer
+    counted = rp.count(model, torch.randn(B, L, D))
+    assert counted.macs == (1 + wrapped) * (PROJECTIONS + PRODUCTS + 2 * B * L * D * 32)
+    assert counted.uncounted == ()
+    assert_adds_up(counted)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_named_as_uncounted(kind: type) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.recurrent, self.head = nn.Embedding(9, 8), kind(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(self.table(x))[0])
+
+    counted = rp.count(Net(), torch.zeros(4, 2, dtype=torch.long))
+    if row(counted, "recurrent").macs == 0:
+        assert counted.uncounted == ("recurrent",)
+    else:
+        assert row(counted, "recurrent").macs >= 8 * 8 * 8 * 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_layers_are_named_as_uncounted() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {"0": torch.ao.quantization.default_dynamic_qconfig})
+    counted = rp.count(quantized, torch.randn(2, 8))
+    assert counted.uncounted == ("0",)
+    assert counted.macs == 2 * 8 * 4
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused = nn.Conv2d(3, 3, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        y = self.layer(self.layer(x))
+        return y if more is None else y + self.layer(more)
+
+
+def test_module_called_more_than_once() -> None:
+    x, more = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 6, 6)
+    once, conv = 3 * 3 * 9, (1, 3)
+    for inputs in ((x, more), [x, more], {"x": x, "more": more}):
+        counted = rp.count(Twice(), inputs)
+        assert counted.macs == row(counted, "layer").macs == once * (36 + 16 + 16)
+        assert row(counted, "layer").input_shapes == ((*conv, 8, 8), (*conv, 6, 6), (*conv, 6, 6))
+        assert (row(counted, "unused").macs, row(counted, "unused").calls) == (0, 0)
+        assert counted.uncounted == ()
+    assert rp.count(Twice(), (x,)).macs == once * (36 + 16)
+
+
+def test_keyword_tensor_gives_the_input_shape() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    assert row(rp.count(Net(), torch.zeros(3, 4)), "layer").input_shapes == ((3, 4),)
+
+
+class Stateful(nn.Module):
+    """Draws random numbers and counts its calls, in eval mode as well."""
+
+    def __init__(self, *, fails: bool = False, assigns: bool = False) -> None:
+        super().__init__()
+        self.norm, self.layer, self.drop = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(4))
+        self.fails, self.assigns = fails, assigns
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.assigns:
+            self.calls = self.calls + 1
+        y = self.layer(self.drop(self.norm(x + torch.rand_like(x) + self.calls)))
+        if self.fails:
+            raise RuntimeError("stop")
+        return y
+
+
+BOTH = pytest.mark.parametrize("act", [rp.count, partial(rp.measure, runs=2, warmup=1)], ids=["count", "measure"])
+
+
+@BOTH
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_disturbed(act: Callable, fails: bool) -> None:
+    model, x = Stateful(fails=fails), torch.randn(3, 4)
+    model.layer.eval()
+    modes = [m.training for m in model.modules()]
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
+        act(model, x)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@BOTH
+def test_buffers_assigned_in_the_forward_are_put_back(act: Callable) -> None:
+    model = Stateful(assigns=True)
+    calls, weight = model.calls, model.layer.weight
+    act(model, torch.randn(3, 4))
+    assert model.calls is calls
+    assert not calls.any()
+    assert model.layer.weight is weight
+    model(torch.randn(3, 4)).sum().backward()  # an inference tensor left behind would refuse
+
+
+def test_a_disabled_fast_path_stays_disabled() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        rp.count(nn.Linear(2, 2), torch.zeros(1, 2))
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_count_is_of_eval_mode_under_wrappers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    wrapped = nn.DataParallel(torch.compile(model, backend="eager"))
+    assert rp.count(wrapped, torch.zeros(2, 4)) == rp.count(model, torch.zeros(2, 4))
+    assert {r.name for r in rp.count(wrapped, torch.zeros(2, 4)).layers} == {"0", "1"}
+
+
+def test_tied_weights_are_one_set_of_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert rp.count(model, torch.zeros(1, 4)).params == 16
+
+
+def test_measure() -> None:
+    model, x = nn.Linear(256, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
+    timing = rp.measure(model, x, runs=7, warmup=1)
+    assert 0 < timing.min_ms <= timing.median_ms < 1000
+    assert timing.spread >= 0
+    assert (timing.runs, timing.dtype, timing.device) == (7, "bfloat16", "cpu")
+    assert (timing.threads, timing.torch) == (torch.get_num_threads(), torch.__version__)
+    assert timing.cpu
+
+
+def test_measure_tells_more_work_from_less() -> None:
+    models = {"more": nn.Linear(1024, 2048), "less": nn.Linear(1024, 32)}
+    timings = measure_together(models, torch.zeros(64, 1024), runs=9)
+    assert timings["more"].median_ms > 2 * timings["less"].median_ms
+    assert timings.keys() == models.keys()
+
+
+def test_measure_takes_a_dict_and_a_single_run() -> None:
+    timing = rp.measure(Twice(), {"x": torch.zeros(1, 3, 8, 8), "more": torch.zeros(1, 3, 6, 6)}, runs=1, warmup=0)
+    assert (timing.runs, timing.spread) == (1, 0)
+    assert timing.min_ms == timing.median_ms > 0
+
+
+def test_measure_calls_the_model_as_often_as_it_says() -> None:
+    calls = []
+    model = nn.Linear(2, 2)
+    model.register_forward_hook(lambda *_: calls.append((torch.is_inference_mode_enabled(), model.training)))
+    rp.measure(model, torch.zeros(1, 2), runs=4, warmup=3)
+    assert calls == [(True, False)] * 7
+
+
+@pytest.mark.parametrize("options", [{"runs": 0}, {"runs": 1, "warmup": -1}])
+def test_measure_without_a_run(options: dict) -> None:
+    with pytest.raises(rp.RankPruneError, match=r"runs=\d and warmup=-?\d: give at least one run"):
+        rp.measure(nn.Linear(2, 2), torch.zeros(1, 2), **options)

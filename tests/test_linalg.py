@@ -1,0 +1,262 @@
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankprune
+from rankprune import linalg
+from rankprune.errors import FactorizationError
+
+SHAPES = [(24, 60), (60, 24), (32, 32), (1, 17), (17, 1), (16, 144), (7, 8)]
+SPECTRA = {
+    "geometric to 1e-8": lambda k: torch.logspace(0, -8, k, dtype=torch.float64),
+    "clusters": lambda k: torch.tensor([3.0, 1.0, 0.02, 1e-4], dtype=torch.float64).repeat_interleave(-(-k // 4))[:k],
+    "equal": lambda k: torch.full((k,), 0.7, dtype=torch.float64),
+    "exact low rank": lambda k: torch.linspace(2, 1, k, dtype=torch.float64) * (torch.arange(k) < max(k // 3, 1)),
+    "zero": lambda k: torch.zeros(k, dtype=torch.float64),
+    "one giant": lambda k: torch.tensor([1e6] + [1.0] * (k - 1), dtype=torch.float64),
+    "linear, tiny": lambda k: torch.linspace(1e-12, 1e-15, k, dtype=torch.float64),
+    "cliff to 1e-4": lambda k: torch.where(torch.arange(k) < k // 2, 1.0, torch.linspace(2e-4, 1e-4, k).double()),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def matrix_with(values: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A (rows, columns) matrix with these singular values, in float64, then rounded to `dtype`."""
+    k = min(rows, columns)
+    left = torch.linalg.qr(torch.randn(rows, k, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(columns, k, dtype=torch.float64)).Q
+    return (left * values @ right.mT).to(dtype)
+
+
+def factored(stack: Tensor) -> linalg.Basis:
+    return linalg.bases([stack], ["layer"])[0]
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(matrix.double(), full_matrices=False)
+
+
+def ranks_at_gaps(values: Tensor) -> list[int]:
+    """The ranks at which a truncation is unique: those with a gap after them, and the full one."""
+    return [r for r in range(1, len(values)) if values[r] < 0.99 * values[r - 1]] + [len(values)]
+
+
+spectra_shapes_dtypes = [
+    pytest.param(spectrum, shape, dtype, id=f"{name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}")
+    for name, spectrum in SPECTRA.items()
+    for shape in SHAPES
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("spectrum", "shape", "dtype"), spectra_shapes_dtypes)
+def test_values_and_projections_are_those_of_a_float64_svd(spectrum, shape, dtype) -> None:
+    matrix = matrix_with(spectrum(min(shape)), *shape, dtype)
+    u, s, vh = svd(matrix)
+    basis = factored(matrix[None])
+    assert basis.values.shape == (1, min(shape))
+    assert basis.values.dtype == torch.float64
+    assert (basis.values.diff() <= 0).all()
+    relevant = s >= 1e-4 * s[0]
+    assert ((basis.values[0] - s).abs()[relevant] <= 0.01 * s[relevant]).all()
+    assert (basis.values[0][~relevant] <= 1.1e-4 * s[0]).all()
+    for r in ranks_at_gaps(s):
+        nearest = u[:, :r] * s[:r] @ vh[:r]
+        ours = linalg.project(matrix[None], basis, r)[0]
+        assert ours.dtype == dtype
+        assert ours.shape == shape
+        if dtype == torch.bfloat16:  # the result itself is rounded to 8 bits
+            assert ((ours - nearest).abs() <= 2**-8 * nearest.abs() + 1e-5 * nearest.norm()).all()
+        else:
+            assert (ours - nearest).norm() <= 1e-5 * nearest.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+@pytest.mark.parametrize("name", ["clusters", "equal", "one giant"])
+def test_inside_a_cluster_the_projection_is_as_near_as_any(name: str, rank: int) -> None:
+    matrix = matrix_with(SPECTRA[name](16), 16, 40, torch.float32)
+    ours = linalg.project(matrix[None], factored(matrix[None]), rank)[0]
+    least = svd(matrix)[1][rank:].norm()
+    assert (matrix.double() - ours.double()).norm() <= least * (1 + 1e-5)
+    assert svd(ours)[1][rank:].norm() <= 1e-5 * svd(ours)[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_projecting_twice_is_projecting_once(shape, dtype) -> None:
+    stack = torch.randn(3, *shape, dtype=dtype)
+    rank = max(1, min(shape) // 3)
+    once = linalg.project(stack, factored(stack), rank)
+    twice = linalg.project(once, factored(once), rank)
+    assert (twice - once).norm() <= 1e-6 * once.norm()
+    assert (factored(once).values[:, rank:] <= 1e-6 * factored(once).values[:, :1]).all()
+
+
+@pytest.mark.parametrize(("spectrum", "shape", "dtype"), spectra_shapes_dtypes)
+def test_factors_multiply_to_the_projection_and_are_balanced(spectrum, shape, dtype) -> None:
+    stack = matrix_with(spectrum(min(shape)), *shape, dtype)[None]
+    basis = factored(stack)
+    rank = max(1, min(shape) // 3)
+    left, right = linalg.factors(stack, basis, rank)
+    assert (left.shape, right.shape) == ((1, shape[0], rank), (1, rank, shape[1]))
+    s = svd(stack[0])[1]
+    assert (stack[0].double() - left[0] @ right[0]).norm() <= s[rank:].norm() + 1e-6 * s.norm()
+    relevant = s[:rank] > 1e-4 * s[0]
+    roots = s[:rank][relevant].sqrt()
+    assert torch.allclose(left[0].norm(dim=0)[relevant], roots, rtol=1e-2, atol=0)
+    assert torch.allclose(right[0].norm(dim=1)[relevant], roots, rtol=1e-2, atol=0)
+    assert left.isfinite().all()
+    assert right.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_nuclear_subgradient_is_u_vt(shape, dtype) -> None:
+    matrix = matrix_with(torch.logspace(1, -3, min(shape), dtype=torch.float64), *shape, dtype)
+    u, _, vh = svd(matrix)
+    ours = linalg.nuclear_subgradient(matrix[None], factored(matrix[None]))[0]
+    assert ours.dtype == dtype
+    assert (ours - u @ vh).norm() <= 1e-3 * (u @ vh).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_nuclear_subgradient_stops_at_the_numerical_rank(shape, dtype) -> None:
+    rank = max(1, min(shape) // 3)
+    matrix = matrix_with(SPECTRA["exact low rank"](min(shape)), *shape, dtype)
+    u, _, vh = svd(matrix)
+    ours = linalg.nuclear_subgradient(matrix[None], factored(matrix[None]))[0]
+    assert (ours - u[:, :rank] @ vh[:rank]).norm() <= 1e-4 * rank**0.5
+    assert torch.equal(linalg.nuclear_subgradient(0 * matrix[None], factored(0 * matrix[None]))[0], 0 * matrix)
+
+
+def test_the_nuclear_subgradient_is_the_gradient_of_the_nuclear_norm() -> None:
+    matrix = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    torch.linalg.matrix_norm(matrix, "nuc").backward()
+    assert torch.allclose(linalg.nuclear_subgradient(matrix[None], factored(matrix[None]))[0], matrix.grad)
+
+
+def test_a_batch_equals_one_by_one() -> None:
+    shapes = [(2, 8, 20), (1, 20, 8), (3, 8, 20), (1, 8, 20), (4, 5, 5)]
+    stacks = [torch.randn(shape) for shape in shapes] + [torch.randn(2, 8, 20, dtype=torch.float64)]
+    together = linalg.bases(stacks, [str(i) for i in range(len(stacks))])
+    for stack, basis in zip(stacks, together, strict=True):
+        alone = factored(stack)
+        assert torch.allclose(basis.values, alone.values, rtol=1e-6)
+        assert torch.allclose(linalg.project(stack, basis, 2), linalg.project(stack, alone, 2), atol=1e-5)
+    assert linalg.bases([], []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factoring_is_deterministic(dtype: torch.dtype) -> None:
+    stack = torch.randn(4, 12, 30, dtype=dtype)
+    first, second = factored(stack), factored(stack.clone())
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.vectors, second.vectors)
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("guilty", [0, 1, 2])
+def test_a_weight_that_is_not_finite_names_its_layer(guilty: int, bad: float, dtype: torch.dtype) -> None:
+    stacks = [torch.randn(n, 4, 6, dtype=dtype) for n in (1, 3, 2)]
+    stacks[guilty][-1, 2, 3] = bad
+    names = ["first", "second", "third"]
+    with pytest.raises(FactorizationError, match=f"'{names[guilty]}'"):
+        linalg.bases(stacks, names)
+
+
+def refusing(*_: object, **__: object) -> None:
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+def not_finite(matrix: Tensor, **_: object) -> tuple[Tensor, ...]:
+    k = min(matrix.shape[-2:])
+    values, vectors = matrix.new_full((*matrix.shape[:-2], k), torch.nan), matrix.new_zeros(*matrix.shape[:-1], k)
+    return (values, vectors)
+
+
+@pytest.mark.parametrize("broken", [refusing, not_finite])
+def test_a_failed_factorisation_is_tried_again_by_a_float64_svd(monkeypatch: pytest.MonkeyPatch, broken) -> None:
+    stacks = [torch.randn(2, 6, 10), torch.randn(1, 10, 6)]
+    expected = [linalg.project(s, factored(s), 3) for s in stacks]
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    for stack, basis, right in zip(stacks, linalg.bases(stacks, ["a", "b"]), expected, strict=True):
+        assert torch.allclose(linalg.project(stack, basis, 3), right, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_no_svd_can_factor_is_named(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    good, bad, svd = torch.randn(2, 6, 10, dtype=dtype), torch.randn(1, 6, 10, dtype=dtype), torch.linalg.svd
+
+    def choosy(matrix: Tensor, **keywords: bool) -> object:
+        if any(torch.equal(m, bad[0].double()) for m in matrix):
+            refusing()
+        return svd(matrix, **keywords)
+
+    monkeypatch.setattr(torch.linalg, "eigh", refusing)
+    monkeypatch.setattr(torch.linalg, "svd", choosy)
+    with pytest.raises(FactorizationError, match=r"'bad'.*\(6, 10\).*exclude"):
+        linalg.bases([good, bad], ["good", "bad"])
+    assert linalg.bases([good], ["good"])[0].values.shape == (2, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_svd_that_is_not_finite_names_the_layer(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(torch.linalg, "eigh", refusing)
+    monkeypatch.setattr(torch.linalg, "svd", lambda m, **_: (m @ m.mT * torch.nan, m.sum(-1) * torch.nan, m))
+    with pytest.raises(FactorizationError, match="'layer'"):
+        factored(torch.randn(2, 6, 10, dtype=dtype))
+
+
+# -- one call site ----------------------------------------------------------------------------------------------------
+
+FACTORIZATION = re.compile(r"\btorch\.linalg\b|\.(svd|svd_lowrank|pca_lowrank|qr|pinverse|lobpcg)$")
+
+
+def factorizations(source: str) -> list[str]:
+    """What a file uses of PyTorch's factorisations, however it imports them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in names if FACTORIZATION.search(name)]
+
+
+def test_torch_linalg_is_used_in_one_file() -> None:
+    root = Path(rankprune.__file__).parent
+    uses = {str(path.relative_to(root)): factorizations(path.read_text()) for path in root.rglob("*.py")}
+    assert [name for name, found in uses.items() if found] == ["linalg.py"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.linalg.eigh(a)",
+        "import torch.linalg as la",
+        "from torch import linalg",
+        "from torch.linalg import svd",
+        "torch.svd(a)",
+        "u = a.svd()",
+        "torch.pca_lowrank(a)",
+        "lambda a: torch.linalg.svd(a)[1]",
+    ],
+)
+def test_the_scan_sees(line: str) -> None:
+    assert factorizations(line)
+
+
+@pytest.mark.parametrize("line", ["from rankprune import linalg", "linalg.bases(a, b)", "torch.nn.Linear(2, 2)"])
+def test_the_scan_lets_pass(line: str) -> None:
+    assert not factorizations(line)

@@ -1,0 +1,311 @@
+import json
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+
+SCHEMES = ("channel", "spatial", "decoupled", "auto")
+
+
+class ConvNet(nn.Module):
+    """Strided, grouped, dilated, depthwise, transposed, pointwise and one-dimensional convolutions, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.strided = nn.Conv2d(16, 32, (3, 5), stride=(2, 1), padding=(1, 2), bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.grouped = nn.Conv2d(32, 32, 3, padding="same", dilation=2, groups=2, padding_mode="reflect")
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.drop = nn.Dropout(0.5)
+        self.up = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, output_padding=(0, 1))
+        self.point = nn.Conv2d(16, 24, 1)
+        self.line = nn.Conv1d(24, 20, 5, stride=3)
+        self.tokens = nn.Linear(20, 40)
+        self.head = nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.strided(self.stem(x)).relu()).relu()
+        x = self.drop(self.depthwise(self.grouped(x)))
+        x = self.line(self.point(self.up(x)).flatten(2))
+        x = self.tokens(self.tokens(x.transpose(1, 2))[..., :20])  # linear layers over leading axes, called twice
+        return self.head(x.relu()).mean(1)
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that planning could disturb."""
+    tensors = {k: (v, v.clone()) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    return {"tensors": tensors, "modes": [m.training for m in model.modules()], "rng": torch.get_rng_state()}
+
+
+def assert_undisturbed(model: nn.Module, before: dict[str, Any]) -> None:
+    now = state(model)
+    assert now["modes"] == before["modes"]
+    assert torch.equal(now["rng"], before["rng"])
+    assert now["tensors"].keys() == before["tensors"].keys()
+    for name, (tensor, value) in before["tensors"].items():
+        assert torch.equal(now["tensors"][name][0], value), name
+        assert not isinstance(tensor, nn.Parameter) or now["tensors"][name][0] is tensor
+        assert tensor.grad is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# -- totals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rule", [rp.FixedRank(1), rp.RankFraction(0.3), rp.Energy(0.5), rp.Budget(macs=0.5)])
+def test_the_totals_are_those_of_the_decomposed_model(scheme: str, rule: rp.ranks.RankRule) -> None:
+    model, x = ConvNet(), images()
+    plan = rp.make_plan(model, x, scheme=scheme, rule=rule, include=["*"])
+    dense, small = rp.count(model, x), rp.count(rp.decompose(model, plan), x)
+    assert (plan.macs_dense, plan.params_dense) == (dense.macs, dense.params)
+    assert (plan.macs, plan.params) == (small.macs, small.params)
+    assert len(plan.decomposed) >= 3
+    assert plan.macs < plan.macs_dense
+    rows = {row.name: row for row in small.layers}
+    for name, entry in plan.decomposed.items():
+        assert entry.macs_after == rows[f"{name}.0"].macs + rows[f"{name}.1"].macs
+        assert entry.params_after == rows[f"{name}.0"].params + rows[f"{name}.1"].params
+        assert entry.macs_after < entry.macs_before
+
+
+def test_known_costs_of_a_known_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    plan = rp.make_plan(model, torch.zeros(1, 3, 10, 10), scheme="channel", rule=rp.FixedRank(5))
+    assert (plan.macs_dense, plan.params_dense) == (100 * (27 * 16 + 144 * 16), 27 * 16 + 144 * 16 + 32)
+    entry = plan.decomposed["1"]
+    assert (entry.rank, entry.full_rank, entry.scheme, entry.shape) == (5, 16, "channel", (16, 16, 3, 3))
+    assert (entry.macs_before, entry.macs_after) == (100 * 2304, 100 * 5 * 160)
+    assert (entry.params_before, entry.params_after) == (2304 + 16, 5 * 160 + 16)
+    values = torch.linalg.svdvals(model[1].weight.detach().double().flatten(1))
+    assert entry.error == pytest.approx(float(values[5:].square().sum() / values.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("metric", "fraction"), [("macs", 0.4), ("macs", 0.8), ("params", 0.4), ("params", 0.8)])
+def test_a_budget_is_met_from_below_within_two_percent(scheme: str, metric: str, fraction: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), *[nn.Conv2d(24, 24, 3, padding=1) for _ in range(20)])
+    plan = rp.make_plan(model, torch.zeros(1, 3, 6, 6), scheme=scheme, rule=rp.Budget(**{metric: fraction}))
+    before = plan.macs_dense if metric == "macs" else plan.params_dense
+    after = plan.macs if metric == "macs" else plan.params
+    assert 0.98 * fraction * before <= after <= fraction * before
+
+
+def test_auto_is_the_cheapest_scheme_of_each_layer() -> None:
+    model, x = ConvNet(), images()
+    after: dict[str, dict[str, int]] = {}
+    for scheme in SCHEMES:
+        for e in rp.make_plan(model, x, scheme=scheme, rule=rp.Energy(0.6), include=["*"]).layers:
+            after.setdefault(e.name, {})[scheme] = e.macs_after
+    assert all(costs["auto"] == min(costs.values()) for costs in after.values())
+    assert all(any(costs[s] > costs["auto"] for costs in after.values()) for s in SCHEMES[:3])
+
+
+def test_without_example_inputs_the_plan_has_no_macs() -> None:
+    plan = rp.make_plan(ConvNet(), rule=rp.FixedRank(1))
+    assert plan.macs is plan.macs_dense is None
+    assert "MACs" not in str(plan).splitlines()[-2]
+    assert plan.params < plan.params_dense
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8])
+def test_ranks_are_multiples(round_to: int) -> None:
+    plan = rp.make_plan(ConvNet(), images(), rule=rp.Budget(params=0.5), round_to=round_to)
+    assert plan.ranks
+    assert all(e.rank % round_to == 0 or e.rank == e.full_rank for e in plan.decomposed.values())
+
+
+# -- the model is left as it was --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rule", [rp.Energy(0.5), rp.Budget(macs=0.5)])
+def test_planning_leaves_the_model_as_it_was(rule: rp.ranks.RankRule, training: bool) -> None:
+    model, x = ConvNet().train(training), images()
+    model.norm.train(not training)  # modes may be mixed
+    before = state(model)
+    rp.make_plan(model, x, rule=rule)
+    assert_undisturbed(model, before)
+
+
+class Counting(nn.Module):
+    """Puts a new tensor in its buffer's place at each call, and draws random numbers also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return self.head(self.body(x + torch.rand_like(x)))
+
+
+def test_planning_leaves_a_reassigned_buffer_as_it_was() -> None:
+    model, x = Counting(), torch.randn(2, 16)
+    before = state(model)
+    rp.make_plan(model, x, rule=rp.FixedRank(2))
+    assert_undisturbed(model, before)
+
+
+class Failing(ConvNet):
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        raise ArithmeticError
+
+
+def test_a_forward_pass_that_fails_leaves_the_model_as_it_was() -> None:
+    model, x = Failing(), images()
+    before = state(model)
+    with pytest.raises(ArithmeticError):
+        rp.make_plan(model, x, rule=rp.Energy(0.5))
+    assert_undisturbed(model, before)
+
+
+def test_the_check_sees_a_disturbed_model() -> None:
+    model = ConvNet()
+    for disturb in (model.eval, lambda: torch.rand(1), lambda: model(images()), lambda: model.norm.train(False)):
+        before = state(model.train())
+        disturb()
+        with pytest.raises(AssertionError):
+            assert_undisturbed(model, before)
+
+
+@pytest.mark.parametrize("pack", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x}])
+def test_example_inputs_may_be_a_tensor_a_tuple_or_a_dict(pack: Callable[[Tensor], Any]) -> None:
+    model, x = ConvNet(), images()
+    assert rp.make_plan(model, pack(x), rule=rp.FixedRank(1)) == rp.make_plan(model, x, rule=rp.FixedRank(1))
+
+
+def test_planning_is_deterministic() -> None:
+    model, x = ConvNet(), images()
+    assert rp.make_plan(model, x, rule=rp.Budget(macs=0.5)) == rp.make_plan(model, x, rule=rp.Budget(macs=0.5))
+
+
+# -- the value itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan() -> rp.Plan:
+    return rp.make_plan(ConvNet(), images(), scheme="auto", rule=rp.Budget(macs=0.5), exclude=["point"])
+
+
+def test_a_plan_survives_json(plan: rp.Plan, tmp_path: Path) -> None:
+    assert rp.Plan.from_json(plan.to_json()) == plan
+    plan.save(tmp_path / "plan.json")
+    assert rp.Plan.load(tmp_path / "plan.json") == plan
+    uncounted = rp.make_plan(ConvNet(), rule=rp.FixedRank(2))
+    assert rp.Plan.from_json(uncounted.to_json()) == uncounted
+
+
+def test_the_json_form_is_fixed(plan: rp.Plan) -> None:
+    data = json.loads(plan.to_json())
+    assert list(data) == ["format", "layers", "macs_dense", "params_dense", "scheme", "rule"]
+    assert data["format"] == 1
+    assert data["rule"] == "Budget(macs=0.5, params=None)"
+    fields = "name kind shape scheme rank full_rank macs_before macs_after params_before params_after error reason"
+    assert all(list(layer) == fields.split() for layer in data["layers"])
+
+
+def test_a_plan_is_frozen(plan: rp.Plan) -> None:
+    with pytest.raises(FrozenInstanceError):
+        plan.scheme = "channel"  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        plan.layers[0].rank = 1  # type: ignore[misc]
+    assert {plan: "a plan can be a key"}[rp.Plan.from_json(plan.to_json())]
+
+
+def test_every_layer_is_in_the_plan_in_the_models_order(plan: rp.Plan) -> None:
+    holders = ["stem", "strided", "grouped", "depthwise", "up", "point", "line", "tokens", "head"]
+    assert [layer.name for layer in plan.layers] == holders
+    assert list(plan.decomposed) == list(plan.ranks)
+    assert set(plan.decomposed) | set(plan.skipped) == set(holders)
+    assert not set(plan.decomposed) & set(plan.skipped)
+    assert {"stem", "point", "head"} <= set(plan.skipped)
+    assert all(plan.skipped.values())
+
+
+def test_a_printed_plan_shows_every_decision(plan: rp.Plan) -> None:
+    text = str(plan)
+    for layer, line in zip(plan.layers, text.splitlines()[1:], strict=False):
+        assert line.startswith(f"{layer.name} ")
+        assert (layer.reason in line) if layer.rank is None else (f" {layer.rank}/{layer.full_rank} " in line)
+    assert f"MACs {plan.macs_dense:,} > {plan.macs:,}" in text
+    assert f"params {plan.params_dense:,} > {plan.params:,}" in text
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def edited(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
+    data = json.loads(text)
+    edit(data)
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda d: d.update(format=2), "format 1"),
+        (lambda d: d.pop("format"), "format 1"),
+        (lambda d: d.pop("rule"), "rule"),
+        (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d.pop("layers"), "layers"),
+        (lambda d: d.update(layers=3), "int"),
+        (lambda d: d.update(layers=[3]), "int"),
+        (lambda d: d["layers"][0].pop("rank"), "field"),
+        (lambda d: d["layers"][0].update(colour="red"), "colour"),
+        (lambda d: d["layers"][0].update(shape=3), "int"),
+    ],
+)
+def test_a_foreign_plan_says_what_differs(plan: rp.Plan, edit: Callable, named: str) -> None:
+    with pytest.raises(rp.CheckpointError, match=named):
+        rp.Plan.from_json(edited(plan.to_json(), edit))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "garbage", '{"format": 1}', '{"layers": []}'])
+def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(rp.CheckpointError, match="plan"):
+        rp.Plan.from_json(text)
+    with pytest.raises(rp.CheckpointError, match=r"nowhere\.json"):
+        rp.Plan.load(tmp_path / "nowhere.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(rp.CheckpointError, match=r"binary\.json"):
+        rp.Plan.load(tmp_path / "binary.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"include": ["stem", "layer9.*"]}, r"include pattern 'layer9\.\*'"),
+        ({"exclude": ["haed"]}, "exclude pattern 'haed'"),
+        ({"scheme": "tucker"}, "'tucker'"),
+        ({"round_to": 0}, "round_to=0"),
+        ({"round_to": -2}, "round_to=-2"),
+        ({"round_to": 1.5}, r"round_to=1\.5"),
+        ({"rule": "Energy(keep=0.9)"}, "rule='Energy"),
+        ({"rule": rp.Budget(macs=0.5)}, r"Budget\(macs=0\.5.*example inputs"),
+        ({"include": ["point"], "scheme": "decoupled"}, "point.*scheme='auto'"),
+    ],
+)
+def test_bad_input_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=named):
+        rp.make_plan(ConvNet(), **{"rule": rp.FixedRank(1), **options})
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = ConvNet()
+    nn.init.constant_(model.grouped.weight[0], torch.nan)
+    with pytest.raises(rp.FactorizationError, match="'grouped'"):
+        rp.make_plan(model, rule=rp.Energy(0.9))

@@ -1,0 +1,328 @@
+"""What TRP carries along: resuming, annealing and freezing the ranks, the last projection, and what it refuses."""
+
+import copy
+import io
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankprune as rp
+
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(9))
+
+
+def network(seed: int = 0, width: int = 16) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, width, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(width, 16, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(144, 32),
+        nn.ReLU(),
+        nn.Linear(32, 5),
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    model.train()
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(5, (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def exactly_same(a: nn.Module, b: nn.Module) -> None:
+    different = [n for (n, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True) if not x.equal(y)]
+    assert not different
+
+
+def through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+SETTINGS = {
+    "budget": {"rule": rp.Budget(macs=0.5), "scheme": "auto", "every": 3, "ramp": 6, "freeze": 8, "example_inputs": X},
+    "energy": {"rule": rp.Energy(0.8), "scheme": "channel", "every": 3},
+    "cadence": {"rule": rp.Energy(0.8), "scheme": "spatial", "every": 3, "nuclear_cadence": "projection"},
+}
+
+
+@pytest.mark.parametrize("stop", [2, 7, 9], ids=["before the first projection", "between", "after a projection"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_resumed_is_uninterrupted(settings: dict, stop: int) -> None:
+    def start(seed: int) -> tuple[nn.Module, torch.optim.SGD, rp.TRP]:
+        model = network(seed)
+        optimizer = sgd(model)
+        return model, optimizer, rp.TRP(model, nuclear=3e-3, **settings).attach(optimizer)
+
+    whole, optimizer, trp = start(0)
+    train(whole, optimizer, range(14))
+
+    part, optimizer2, trp2 = start(0)
+    train(part, optimizer2, range(stop))
+    states = through_a_file({"m": part.state_dict(), "o": optimizer2.state_dict(), "t": trp2.state_dict()})
+
+    resumed, optimizer3, trp3 = start(1)
+    resumed.load_state_dict(states["m"])
+    optimizer3.load_state_dict(states["o"])
+    trp3.load_state_dict(states["t"])
+    assert (trp3.steps, trp3.plan, trp3.history) == (stop, trp2.plan, trp2.history)
+    train(resumed, optimizer3, range(stop, 14))
+
+    exactly_same(resumed, whole)
+    for p, q in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(optimizer3.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"])
+    assert (trp3.steps, trp3.plan, trp3.history) == (trp.steps, trp.plan, trp.history)
+    exactly_same(trp3.finalize(), trp.finalize())
+
+
+def test_a_state_is_not_changed_by_going_on() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=1, nuclear=1e-2).attach(optimizer)
+    train(model, optimizer, range(2))
+    state = trp.state_dict()
+    before = copy.deepcopy(state)
+    train(model, optimizer, range(2, 4))
+    terms, terms_before = state.pop("subgradients"), before.pop("subgradients")
+    assert state == before
+    assert all(torch.equal(terms[name], term) for name, term in terms_before.items())
+
+
+@pytest.mark.parametrize("nuclear", [0.0, 1e-2])
+@pytest.mark.parametrize("kind", ["other names", "other shapes"])
+def test_state_of_another_model(kind: str, nuclear: float) -> None:
+    other = nn.Sequential(network()) if kind == "other names" else network(width=24)
+    theirs = rp.TRP(other, rule=rp.Energy(0.8), nuclear=nuclear)
+    theirs.project()
+    trp = rp.TRP(network(), rule=rp.Energy(0.8), nuclear=nuclear)
+    with pytest.raises(rp.RankPruneError, match="another model"):
+        trp.load_state_dict(theirs.state_dict())
+
+
+def test_detached_and_attached_again_goes_on() -> None:
+    whole, model = network(), network()
+    optimizer = sgd(whole)
+    trp = rp.TRP(whole, rule=rp.Energy(0.8), every=3, nuclear=1e-2).attach(optimizer)
+    train(whole, optimizer, range(10))
+    optimizer2 = sgd(model)
+    trp2 = rp.TRP(model, rule=rp.Energy(0.8), every=3, nuclear=1e-2).attach(optimizer2)
+    train(model, optimizer2, range(5))
+    trp2.detach()
+    trp2.attach(optimizer2)
+    train(model, optimizer2, range(5, 10))
+    exactly_same(model, whole)
+    assert (trp2.steps, trp2.history, trp2.plan) == (10, trp.history, trp.plan)
+
+
+@pytest.mark.parametrize("leave", ["detach", "finalize"])
+def test_no_hook_is_left(leave: str) -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=1, nuclear=1e-2).attach(optimizer)
+    train(model, optimizer, range(2))
+    getattr(trp, leave)()
+    plain = copy.deepcopy(model)
+    optimizer2 = sgd(plain)
+    optimizer2.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (plain, optimizer2)):
+        train(m, o, range(2, 5))
+    exactly_same(model, plain)
+    assert trp.steps == 2
+    trp.detach()  # a second time does nothing
+    rp.TRP(model, rule=rp.Energy(0.8)).attach(optimizer)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "auto"])
+def test_finalize_computes_what_the_projected_network_does(scheme: str) -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, scheme=scheme, rule=rp.Energy(0.8), every=4, example_inputs=X).attach(optimizer)
+    train(model, optimizer, range(10))
+    small = trp.finalize()
+    assert trp.history[-1] == (10, trp.plan.ranks)
+    assert trp.plan.ranks.keys() >= {"2", "6"}
+    assert (small.eval()(X) - model.eval()(X)).abs().max() < 1e-4
+    assert all(len(small.get_submodule(name)) == 2 for name in trp.plan.ranks)
+    assert small[6][0].out_features == trp.plan.ranks["6"]
+    assert rp.count(small, X).macs == trp.plan.macs < trp.plan.macs_dense
+    assert rp.count(small, X).params == trp.plan.params
+
+
+def test_finalize_does_not_prune_twice() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=4).attach(optimizer)
+    train(model, optimizer, range(8))
+    plan, weights = trp.plan, copy.deepcopy(model)
+    trp.finalize()
+    assert trp.plan == plan
+    assert [step for step, _ in trp.history] == [4, 8]
+    exactly_same(model, weights)
+
+
+def test_finalize_without_a_step() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.FixedRank(3))
+    small = trp.finalize()
+    assert trp.plan.ranks == {"2": 3, "4": 3, "6": 3}
+    assert (small.eval()(X) - model.eval()(X)).abs().max() < 1e-4
+
+
+def plans_over_training(trp: rp.TRP, model: nn.Module, steps: int) -> list[rp.Plan]:
+    optimizer = sgd(model)
+    trp.attach(optimizer)
+    plans = []
+    for step in range(steps):
+        train(model, optimizer, [step])
+        plans.append(trp.plan)
+    return plans
+
+
+def relative_macs(plan: rp.Plan) -> float:
+    return plan.macs / plan.macs_dense
+
+
+def test_budget_ramps_down_to_its_target() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Budget(macs=0.5), scheme="channel", every=1, ramp=8, example_inputs=X)
+    macs = [relative_macs(plan) for plan in plans_over_training(trp, model, 12)]
+    allowed = [1 - 0.5 * (1 - (1 - min(step / 8, 1)) ** 3) for step in range(1, 13)]
+    assert all(0.9 * a < m <= a for m, a in zip(macs, allowed, strict=True))
+    assert macs == sorted(macs, reverse=True)
+    assert macs[-1] > 0.48
+
+
+def test_energy_ramps_down_to_its_target() -> None:
+    model, plain = network(), network()
+    trp = rp.TRP(model, rule=rp.Energy(0.5), scheme="channel", every=1, ramp=8, example_inputs=X)
+    macs = [relative_macs(plan) for plan in plans_over_training(trp, model, 8)]
+    abrupt = rp.make_plan(plain, X, rule=rp.Energy(0.5), scheme="channel")
+    assert macs[0] > macs[2] > macs[-1]
+    assert macs[0] > 1.3 * relative_macs(abrupt)
+    assert trp.plan.rule == "Energy(keep=0.5)"
+
+
+@pytest.mark.parametrize("rule", [rp.Budget(macs=0.5), rp.Energy(0.5)])
+def test_finalize_in_the_ramp_applies_the_rule_in_full(rule: rp.Budget | rp.Energy) -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rule, scheme="channel", every=2, ramp=100, example_inputs=X)
+    before = plans_over_training(trp, model, 4)[-1]
+    weights = copy.deepcopy(model)
+    trp.finalize()
+    assert trp.plan == rp.make_plan(weights, X, rule=rule, scheme="channel")
+    assert trp.plan.macs < before.macs
+
+
+def test_frozen_ranks_are_constant_and_weights_keep_to_them() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Energy(0.8), scheme="channel", every=2, freeze=6)
+    free = rp.TRP(network(), rule=rp.Energy(0.8), scheme="channel", every=2)
+    for t in (trp, free):
+        plans_over_training(t, t.model, 40)
+    assert [step for step, _ in trp.history] == list(range(2, 41, 2))
+    frozen = [ranks for step, ranks in trp.history if step >= 6]
+    assert all(ranks == frozen[0] for ranks in frozen)
+    assert free.history[-1][1] != frozen[0]  # left alone, they would have moved
+    rank = torch.linalg.matrix_rank(model[6].weight.detach(), rtol=1e-5)
+    assert rank == frozen[0]["6"]
+
+
+def test_ranks_do_not_freeze_before_the_rule_has_applied_in_full() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Budget(macs=0.5), every=6, ramp=10, freeze=10, example_inputs=X)
+    plans = plans_over_training(trp, model, 14)  # projections at 6, in the ramp, and at 12, after it
+    assert relative_macs(plans[-1]) <= 0.5
+    trp.finalize()
+    assert relative_macs(trp.plan) <= 0.5
+
+
+def test_freezing_before_the_first_projection_still_chooses_once() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.FixedRank(3), every=4, freeze=1)
+    assert plans_over_training(trp, model, 5)[-1].ranks == {"2": 3, "4": 3, "6": 3}
+
+
+def test_the_finalized_copy_trains_apart_from_the_model() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.FixedRank(3))
+    small = trp.finalize()
+    assert isinstance(model[6], nn.Linear)
+    logits: Tensor = small(X)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+BAD = {
+    "every=0": {"every": 0},
+    "every=2.5": {"every": 2.5},
+    "nuclear=-0.1": {"nuclear": -0.1},
+    "nuclear=nan": {"nuclear": float("nan")},
+    "nuclear_cadence='epoch'": {"nuclear_cadence": "epoch"},
+    "ramp=-1": {"ramp": -1},
+    "freeze=3": {"ramp": 5, "freeze": 3},
+    "FixedRank": {"rule": rp.FixedRank(2), "ramp": 5},
+    "SingularValue": {"rule": rp.SingularValue(0.1), "ramp": 5},
+    "RankFraction": {"rule": rp.RankFraction(0.5), "ramp": 5},
+    "example": {"rule": rp.Budget(macs=0.5)},
+    "'low'": {"rule": "low"},
+    "'diagonal'": {"scheme": "diagonal"},
+    "'layer9": {"exclude": ["layer9*"]},
+}
+
+
+@pytest.mark.parametrize(("named", "options"), BAD.items(), ids=BAD)
+def test_bad_options_are_named(named: str, options: dict) -> None:
+    with pytest.raises(rp.RankPruneError, match=named):
+        rp.TRP(network(), **{"rule": rp.Energy(0.9), **options})
+
+
+def test_model_without_a_layer_to_decompose() -> None:
+    with pytest.raises(rp.RankPruneError, match="include"):
+        rp.TRP(nn.Sequential(nn.LayerNorm(4), nn.ReLU()), rule=rp.Energy(0.9))
+
+
+def test_optimizer_of_another_model() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Energy(0.9))
+    with pytest.raises(rp.RankPruneError, match=r"2, 4, 6.*model\.parameters\(\)"):
+        trp.attach(sgd(network()))
+    with pytest.raises(rp.RankPruneError, match=r"1 of 3 layers \(6\)"):
+        trp.attach(torch.optim.SGD([p for n, p in model.named_parameters() if n != "6.weight"], lr=0.1))
+    trp.attach(sgd(model))  # neither failure has left it attached
+
+
+def test_attached_twice() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.9)).attach(optimizer)
+    for again in (trp, rp.TRP(model, rule=rp.Energy(0.9))):
+        with pytest.raises(rp.RankPruneError, match=r"detach\(\)"):
+            again.attach(optimizer)
+    with pytest.raises(rp.RankPruneError, match=r"detach\(\)"):
+        trp.attach(sgd(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite(value: float) -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Energy(0.9))
+    model[6].weight.data[3, 4] = value
+    with pytest.raises(rp.FactorizationError, match="'6'"):
+        trp.project()
