@@ -23,6 +23,7 @@ from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.training import TrainConfig
 from rankprune.report.plots import plot_training
+from rankprune.report.tables import markdown_table, read_results, replace_between_marks
 
 app = typer.Typer(help="Train networks low-rank, decompose them exactly.", no_args_is_help=True, add_completion=False)
 bench = typer.Typer(help="Benchmarks: one file a run, one JSON a result.", no_args_is_help=True)
@@ -146,6 +147,20 @@ def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: 
         [(n, f"{acc:.2f}", f"{macs:,}", f"{result['macs_dense'] / macs:.2f}x", f"{params:,}") for n, acc, macs, params in rows],
     )
     say(f"result  {path}")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("benchmarks/results"),
+    into: Annotated[Path | None, typer.Option(help="Write the table between the marks in this Markdown file.")] = None,
+) -> None:
+    """A Markdown table of all results."""
+    table = markdown_table(read_results(results))
+    if into is None:
+        say(table)
+    else:
+        into.write_text(replace_between_marks(into.read_text(), table))
+        say(f"table  {into}")
 
 
 @app.command()

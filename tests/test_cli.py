@@ -1,0 +1,143 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import rankprune as rp
+from rankprune.cli import main
+from rankprune.cli.app import app
+from rankprune.recipes.resnet import resnet, resnet20
+
+MODEL = ["--model", "rankprune.recipes.resnet:resnet20"]
+INPUT = ["--input", "1,3,32,32"]
+
+
+def invoke(*arguments: str) -> str:
+    outcome = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Weights as a user has them: under DataParallel, nested, and of low rank so that decomposing them loses nothing."""
+    model = resnet20()
+    rp.project(model, rp.make_plan(model, torch.zeros(1, 3, 32, 32), scheme="spatial", rule=rp.RankFraction(0.25)))
+    path = tmp_path / "weights.pth"
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of 32x32 pictures, eight of each in train and test."""
+    for split in ("train", "test"):
+        for label, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (32, 32), (shade, shade + i, shade)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_plan_decompose_evaluate_count_export_a_users_own_model(tmp_path, checkpoint, images):
+    weights = ["--checkpoint", str(checkpoint)]
+    plan = tmp_path / "plan.json"
+    choice = ["--scheme", "spatial", "--rule", "RankFraction(fraction=0.25)"]
+    shown = invoke("plan", *MODEL, *weights, *INPUT, *choice, "--out", str(plan))
+    assert "layer3.2.conv2" in shown
+    assert "stays dense" in shown
+    made = rp.Plan.load(plan)
+    assert made.ranks["layer1.0.conv1"] == 12
+    assert made.ranks["layer3.2.conv2"] == 48
+
+    out = tmp_path / "small"
+    invoke("decompose", *MODEL, *weights, "--plan", str(plan), "--out", str(out))
+    small = rp.load(out, resnet20()).eval()
+    dense = resnet20()
+    dense.load_state_dict({k.removeprefix("module."): v for k, v in torch.load(checkpoint)["state_dict"].items()})
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(small(x), dense.eval()(x), rtol=1e-3, atol=1e-4)
+
+    accuracies = [
+        re.search(r"top-1 ([\d.]+) % of 16 images", invoke("evaluate", *MODEL, *which, "--data", str(images)))
+        for which in (weights, ["--artefact", str(out)])
+    ]
+    assert accuracies[0]
+    assert accuracies[1]
+    assert accuracies[0][1] == accuracies[1][1]
+
+    assert f"MACs {made.macs:,}" in invoke("count", *MODEL, "--artefact", str(out), *INPUT, "--time")
+    invoke("export", *MODEL, "--artefact", str(out), *INPUT, "--out", str(tmp_path / "small.onnx"))
+    assert (tmp_path / "small.onnx").stat().st_size > 100_000
+
+
+def test_train_goes_through_to_an_artefact_and_continues_when_called_again(tmp_path, images):
+    out = tmp_path / "run"
+    command = [
+        "train",
+        "--data",
+        str(images),
+        "--epochs",
+        "1",
+        "--batch",
+        "8",
+        "--every",
+        "1",
+        "--no-compile",
+        "--out",
+        str(out),
+    ]
+    assert "decomposed" in invoke(*command)
+    first = json.loads((out / "result.json").read_text())
+    assert first["macs_dense"] / first["macs"] > 2.19
+    small = rp.load(out / "artefact", resnet("resnet20", classes=2))
+    assert rp.count(small, torch.zeros(1, 3, 32, 32)).macs == first["macs"]
+    invoke(*command)
+    second = json.loads((out / "result.json").read_text())
+    assert second["log"] == first["log"]
+    assert second["top1"] == first["top1"]
+
+
+def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
+    output = invoke("demo", "--epochs", "2", "--out", str(tmp_path / "demo"))
+    assert "TRP, decomposed" in output
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"artefact", "plan.json", "spectra.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--model", "nonsense", *INPUT], "package.module:callable"),
+        (["plan", "--model", "no.such.module:f", *INPUT], "cannot import"),
+        (["plan", "--model", "rankprune.recipes.resnet:resnet7", *INPUT], "has no 'resnet7'"),
+        (["plan", *MODEL, "--input", "1,3,x"], "shape of one batch"),
+        (["plan", *MODEL, *INPUT, "--rule", "Energy(keep=2)"], "keep=2"),
+        (["plan", *MODEL, *INPUT, "--rule", "print(1)"], "cannot read the rule"),
+        (["plan", *MODEL, *INPUT, "--exclude", "nothing*"], "'nothing*' matches no layer"),
+        (["export", *MODEL, *INPUT, "--out", "x.pt"], "ends in .onnx"),
+        (["evaluate", *MODEL, "--data", "/no/such/folder"], "no 'test' images"),
+        (["bench", "run", "/no/such.toml"], "cannot read the experiment"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rankprune", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_typer_the_command_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from rankprune.cli import main; main()"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert outcome.returncode != 0
+    assert "pip install 'rankprune[cli]'" in outcome.stderr

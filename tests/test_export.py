@@ -1,0 +1,53 @@
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import rankprune as rp
+
+
+def small_network() -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
+    x = torch.randn(1, 3, 8, 8)
+    return rp.decompose(model, rp.make_plan(model, x, scheme="spatial", rule=rp.FixedRank(4))), x
+
+
+def test_the_file_computes_what_the_model_does_at_any_batch_size(tmp_path):
+    model, x = small_network()
+    model.train()
+    assert rp.export_onnx(model, x, tmp_path / "small.onnx") < 1e-5
+    assert model.training
+    assert [f.name for f in tmp_path.iterdir()] == ["small.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"))
+    many = torch.randn(7, 3, 8, 8)
+    (found,) = session.run(None, {session.get_inputs()[0].name: many.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model.eval()(many), rtol=1e-4, atol=1e-5)
+
+
+def test_keyword_inputs(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return self.linear(left) - self.linear(2 * right)
+
+    x = {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
+    assert rp.export_onnx(Named(), x, tmp_path / "named.onnx", dynamic_batch=False) < 1e-5
+
+
+def test_a_file_that_differs_is_removed(tmp_path):
+    model, x = small_network()
+    with pytest.raises(rp.ExportError, match="differs from the model by"):
+        rp.export_onnx(model, x, tmp_path / "small.onnx", tolerance=-1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_exported_says_so(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(rp.ExportError, match="Branching cannot be exported"):
+        rp.export_onnx(Branching(), torch.ones(2, 2), tmp_path / "b.onnx", dynamic_batch=False)
