@@ -111,7 +111,9 @@ def decomposed_all(model: nn.Module) -> tuple[nn.Module, rp.Plan]:
 
 def channels_last() -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).to(memory_format=torch.channels_last)
-    model.register_buffer("row", torch.arange(12.0).view(3, 4)[1])
+    table = torch.arange(12.0).view(3, 4)
+    model.register_buffer("head", table[:2])
+    model.register_buffer("tail", table[1:])  # overlaps with the other
     return model
 
 

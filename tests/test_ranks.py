@@ -243,6 +243,12 @@ def test_the_whole_budget_keeps_every_layer_dense() -> None:
     assert all(choice.rank is None and choice.reason for choice in choices.values())
 
 
+def test_a_budget_never_takes_a_pair_that_only_breaks_even() -> None:
+    layers = {"layer": [candidate(torch.ones(10), 10, 100)]}  # at its full rank it costs 100 of 100
+    ranks = [Budget(macs=p / 100).choose(layers, Cost(100, 700))["layer"].rank for p in (89, 90, 99, 100)]
+    assert ranks == [8, 9, 9, None]
+
+
 def test_a_budget_below_the_least_ranks_is_refused_and_says_what_remains() -> None:
     layers = {"layer": matrix_layer(torch.ones(10), 10, 10)}  # at rank 1 it costs 20 of 100
     with pytest.raises(rp.RankPruneError, match=r"Budget\(macs=0.59, params=None\) cannot be met.*0\.600 of the macs"):
@@ -305,6 +311,7 @@ def test_text_may_hold_fractions() -> None:
         "",
         "Energy",
         "Energy(0.9)",
+        "Energy(0.9, keep=0.9)",
         "Energy(keep=)",
         "Energy(kept=0.9)",
         "Energy(keep='0.9')",

@@ -176,6 +176,17 @@ def test_finalize_does_not_prune_twice() -> None:
     exactly_same(model, weights)
 
 
+def test_finalize_after_resuming_does_not_prune_twice() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=4).attach(optimizer)
+    train(model, optimizer, range(8))
+    resumed = rp.TRP(model, rule=rp.Energy(0.8), every=4)
+    resumed.load_state_dict(trp.state_dict())
+    resumed.finalize()
+    assert (resumed.plan, resumed.history) == (trp.plan, trp.history)
+
+
 def test_finalize_without_a_step() -> None:
     model = network()
     trp = rp.TRP(model, rule=rp.FixedRank(3))

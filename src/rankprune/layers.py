@@ -130,7 +130,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], called: Collect
         return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
     if type(module) not in DECOMPOSABLE:
         base = next((t.__name__ for t in DECOMPOSABLE if isinstance(module, t)), None)
-        return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} layers are not supported"
+        return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} is neither a convolution nor linear"
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning); remove that first"
     if name in shared:
