@@ -318,9 +318,7 @@ def test_load_exactly_changes_nothing_when_it_fails() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(rp.CheckpointError, match="surplus"):
         load_exactly(model, {**Net().double().state_dict(), "surplus": torch.zeros(1)}, "x")
-    assert all(
-        value.dtype == before[n].dtype and torch.equal(value, before[n]) for n, value in model.state_dict().items()
-    )
+    assert all(value.dtype == before[n].dtype and torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
 
 def test_save_tensors_of_a_compiled_model(tmp_path: Path) -> None:

@@ -90,9 +90,7 @@ def test_input_model_is_untouched(training: bool) -> None:
     assert str(model) == str(before)
     assert [m.training for m in model.modules()] == modes
     assert [t.data_ptr() for t in model.state_dict().values()] == tensors
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True))
 
 
 def test_make_plan_leaves_the_random_numbers_alone() -> None:
@@ -169,9 +167,7 @@ def test_model_that_is_one_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm]
-)
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
 def test_weight_normed_layers_stay_and_work(normed: Callable) -> None:
     model = nn.Sequential(nn.Linear(32, 32), normed(nn.Linear(32, 32)), nn.Linear(32, 32), nn.Linear(32, 4))
     x = torch.randn(2, 32)

@@ -139,21 +139,28 @@ def test_planning_leaves_the_model_as_it_was(rule: rp.ranks.RankRule, training: 
     assert_undisturbed(model, before)
 
 
-class Counting(nn.Module):
-    """Puts a new tensor in its buffer's place at each call, and draws random numbers also in eval mode."""
+class Restless(nn.Module):
+    """Changes something at each forward pass, also in eval mode."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
         self.register_buffer("calls", torch.zeros(()))
+        self.what = what
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls = self.calls + 1
-        return self.head(self.body(x + torch.rand_like(x)))
+        if self.what == "random numbers":
+            x = x + torch.rand_like(x)
+        elif self.what == "a buffer in place":
+            self.calls += 1
+        elif self.what == "a new buffer":
+            self.calls = self.calls + 1
+        return self.head(self.body(x))
 
 
-def test_planning_leaves_a_reassigned_buffer_as_it_was() -> None:
-    model, x = Counting(), torch.randn(2, 16)
+@pytest.mark.parametrize("what", ["random numbers", "a buffer in place", "a new buffer"])
+def test_what_a_forward_pass_changes_is_put_back(what: str) -> None:
+    model, x = Restless(what), torch.randn(2, 16)
     before = state(model)
     rp.make_plan(model, x, rule=rp.FixedRank(2))
     assert_undisturbed(model, before)

@@ -73,9 +73,7 @@ def test_official_files_with_other_objects_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def write_parquet(
-    path: Path, images: list[Tensor], labels: list[int], image: str = "img", label: str = "label"
-) -> None:
+def write_parquet(path: Path, images: list[Tensor], labels: list[int], image: str = "img", label: str = "label") -> None:
     cells = [{"bytes": png(picture), "path": None} for picture in images]
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(arrow.table({image: cells, label: labels}), path)

@@ -1,7 +1,6 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rankprune.cost import parameter_count
 from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.layers import unwrap
@@ -35,10 +35,10 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for name, entry in plan.decomposed.items():
         pair = modules.get(name)
-        if not isinstance(pair, nn.Sequential) or len(pair) != 2:
+        if not isinstance(pair, nn.Sequential) or len(pair) != 2 or parameter_count(pair) != entry.params_after:
             raise CheckpointError(
-                f"layer {name!r} is a {type(pair).__name__}, but the plan decomposes it at rank {entry.rank}: save the model "
-                "that decompose(model, plan) returned"
+                f"layer {name!r} is a {type(pair).__name__}, but the plan decomposes it at rank {entry.rank} into two of "
+                f"{entry.params_after} parameters in all: save the model that decompose(model, plan) returned"
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """
     folder = Path(folder)
     plan, aliases = _read_head(folder)
-    tensors = read_tensors(folder / _WEIGHTS)
+    tensors = _read_safetensors(folder / _WEIGHTS)
     try:
         small = skeleton(model, plan)
     except RankPruneError as error:
@@ -141,23 +141,29 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing, damaged, or holds no state_dict.
     """
     path = Path(path)
+    if path.suffix == ".safetensors":
+        return _without_prefixes(_read_safetensors(path))
     if not path.is_file():
         raise CheckpointError(f"there is no file {str(path)!r}")
-    if path.suffix == ".safetensors":
-        try:
-            return _without_prefixes(load_file(path, device="cpu"))
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{str(path)!r} is truncated or not a safetensors file ({error}); copy or save it again"
-            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{str(path)!r} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone"
         ) from error
     return _without_prefixes(_find_state_dict(content, path))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r}")
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is truncated or not a safetensors file ({error}); copy or save it again"
+        ) from error
 
 
 def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:

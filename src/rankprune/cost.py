@@ -22,13 +22,17 @@ Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One module without children: its type, MACs over all its calls, parameters, and the shape of its input in each call."""
+    """One module without children: its type, MACs over all its calls, parameters, and the shape of its input in each call.
+
+    `single_input` tells whether every call passed one input and nothing else.
+    """
 
     name: str
     kind: str
     macs: int
     params: int
     input_shapes: tuple[tuple[int, ...], ...]
+    single_input: bool = True
 
     @property
     def calls(self) -> int:
@@ -79,8 +83,13 @@ def call(model: nn.Module, x: Inputs) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; on leaving, restore its modes and buffers and the random number generators."""
     modes = {m: m.training for m in model.modules()}
-    buffers = {b: b.detach().clone() for b in model.buffers()}
-    devices = sorted({t.device.index for t in (*model.parameters(), *buffers) if t.is_cuda})
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(buffer, nn.UninitializedBuffer)
+    ]
+    devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             model.eval()
@@ -88,8 +97,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -107,23 +116,27 @@ def count(model: nn.Module, x: Inputs) -> Count:
     64
     """
     model = unwrap(model)
-    leaves = {name: m for name, m in model.named_modules() if not any(m.children())}
+    leaves = {name: m for name, m in model.named_modules() if not any(m.children()) or _is_packed(m)}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in leaves}
     flops = dict.fromkeys(leaves, 0)
+    single = dict.fromkeys(leaves, True)
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         for name, module in leaves.items():
             before: list[int] = []
 
             def enter(_: nn.Module, args: tuple, kwargs: dict, before: list[int] = before, name: str = name) -> None:
+                if any(isinstance(p, nn.UninitializedParameter) for p in leaves[name].parameters()):
+                    raise RankPruneError(f"layer {name!r} is lazy and has no shape yet; run one forward pass first")
                 before.append(counter.get_total_flops())
+                single[name] &= len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"}
                 first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
                 shapes[name].append(tuple(first.shape) if first is not None else ())
 
             def leave(_: nn.Module, args: tuple, output: Any, before: list[int] = before, name: str = name) -> None:
                 flops[name] += counter.get_total_flops() - before.pop()
 
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -133,24 +146,30 @@ def count(model: nn.Module, x: Inputs) -> Count:
         stack.enter_context(counter)
         call(model, x)
     rows = tuple(
-        LayerCost(name, type(m).__name__, flops[name] // 2, _parameters(m), tuple(shapes[name]))
+        LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), single[name])
         for name, m in leaves.items()
-        if shapes[name] or _parameters(m)
+        if shapes[name] or parameter_count(m)
     )
     macs = counter.get_total_flops() // 2
     blind = tuple(row.name for row in rows if row.calls and not row.macs and _should_count(leaves[row.name]))
-    return Count(macs, _parameters(model), rows, macs - sum(row.macs for row in rows), blind)
+    return Count(macs, parameter_count(model), rows, macs - sum(row.macs for row in rows), blind)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def parameter_count(module: nn.Module, recurse: bool = True) -> int:
+    """How many parameters a module holds; lazy ones, which have no shape yet, count as none."""
+    return sum(p.numel() for p in module.parameters(recurse) if not isinstance(p, nn.UninitializedParameter))
 
 
 def _should_count(module: nn.Module) -> bool:
     """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix that is not a lookup table."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return False
-    return any(p.dim() >= 2 for p in module.parameters()) or callable(getattr(module, "weight", None))
+    return any(p.dim() >= 2 for p in module.parameters()) or _is_packed(module)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether it is a quantized layer, which keeps its weight behind a method."""
+    return callable(getattr(module, "weight", None))
 
 
 def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int:

@@ -55,7 +55,7 @@ def export_onnx(model: nn.Module, x: Inputs, path: str | Path, *, dynamic_batch:
                 verbose=False,
             )
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(
                 f"{type(model).__name__} cannot be exported to ONNX ({reason}); try dynamic_batch=False, or export a part of it"
             ) from error

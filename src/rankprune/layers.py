@@ -1,7 +1,7 @@
 """Which layers of a model can be decomposed, and why the others cannot."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -54,7 +54,7 @@ def select(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    called: Collection[str] | None = None,
+    calls: Mapping[str, bool] | None = None,
 ) -> Selection:
     """Sort the modules of `model` that hold a weight of two or more axes into layers and skipped ones.
 
@@ -64,8 +64,9 @@ def select(
     Args:
         include: shell patterns on module names; only layers that match one are taken. None takes all but the two above.
         exclude: shell patterns of layers to leave dense.
-        called: names of the modules that ran in a trial forward pass, where there was one; a layer that did not run is
-            skipped, since somebody may read its weight directly.
+        calls: for each module that ran in a trial forward pass, where there was one, whether it was called with a single
+            input and nothing else, which is all that a pair can take. A layer that did not run is skipped too, since
+            somebody may read its weight directly.
 
     Raises:
         RankPruneError: if a pattern matches no layer, or the model has nothing to decompose.
@@ -73,7 +74,7 @@ def select(
     modules = dict(model.named_modules())
     holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
     shared = _shared_weights(holders)
-    reasons = {name: _unfit(name, m, shared, called) for name, m in holders.items()}
+    reasons = {name: _unfit(name, m, shared, calls) for name, m in holders.items()}
     fit = [name for name, reason in reasons.items() if reason is None]
     for kind, patterns in (("include", include or ()), ("exclude", exclude)):
         for pattern in patterns:
@@ -114,13 +115,13 @@ def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in holders.items():
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and name not in owners[id(parameter)]:
                 owners[id(parameter)].append(name)
     groups = [names for names in owners.values() if len(names) > 1]
     return {name: next(n for n in names if n != name) for names in groups for name in names}
 
 
-def _unfit(name: str, module: nn.Module, shared: dict[str, str], called: Collection[str] | None) -> str | None:
+def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, bool] | None) -> str | None:
     """Why this module cannot be decomposed whatever the scheme, or None."""
     kind = type(module).__name__
     weight = module._parameters.get("weight")
@@ -130,7 +131,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], called: Collect
         return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
     if type(module) not in DECOMPOSABLE:
         base = next((t.__name__ for t in DECOMPOSABLE if isinstance(module, t)), None)
-        return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} is neither a convolution nor linear"
+        return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} layers are not supported"
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning); remove that first"
     if name in shared:
@@ -145,8 +146,10 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], called: Collect
         return "it has forward or backward hooks, which a replacement would lose"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
-    if called is not None and name not in called:
+    if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
+    if calls is not None and not calls[name]:
+        return "it is called with more than one argument, like output_size, which a pair of layers does not take"
     return None
 
 

@@ -9,7 +9,8 @@ themselves. Float64 weights deserve more and get a true SVD.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,18 @@ class Basis:
     on_rows: bool
 
 
-@torch.no_grad()
+@contextmanager
+def _exactly(device: torch.device) -> Iterator[None]:
+    """No gradients, and none of the shortcuts the caller may have asked for: autocast, TF32 or bfloat16 products."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
     """The basis of each stack (stack, rows, columns); stacks of equal matrix shape are factored in one batch.
 
@@ -46,9 +58,10 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
     for i, stack in enumerate(stacks):
         batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
     for members in batches.values():
-        batch = torch.cat([stacks[i] for i in members])
+        batch = torch.cat([stacks[i].detach() for i in members])
         labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
-        values, vectors = _factor(batch, labels)
+        with _exactly(batch.device):
+            values, vectors = _factor(batch, labels)
         on_rows = batch.shape[1] <= batch.shape[2]
         sizes = [stacks[i].shape[0] for i in members]
         for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
@@ -66,11 +79,14 @@ def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
             "learning rate, or go back to a checkpoint from before"
         )
     try:
-        return _by_svd(batch) if batch.dtype == torch.float64 else _by_gram(batch)
+        values, vectors = _by_svd(batch) if batch.dtype == torch.float64 else _by_gram(batch)
+        if values.isfinite().all() and vectors.isfinite().all():
+            return values, vectors
     except LinAlgError:
-        parts = [_one_by_one(matrix, label) for matrix, label in zip(batch, labels, strict=True)]
-        values, vectors = (torch.stack(part).to(batch.device) for part in zip(*parts, strict=True))
-        return values, vectors
+        pass  # tried again below
+    parts = [_one_by_one(matrix, label) for matrix, label in zip(batch, labels, strict=True)]
+    values, vectors = (torch.stack(part).to(batch.device) for part in zip(*parts, strict=True))
+    return values, vectors
 
 
 def _by_gram(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +104,8 @@ def _by_svd(batch: Tensor) -> tuple[Tensor, Tensor]:
 def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = _by_svd(matrix.cpu()[None])
+        if not (values.isfinite().all() and vectors.isfinite().all()):
+            raise LinAlgError("the result is not finite")
     except LinAlgError as error:
         raise FactorizationError(
             f"the weight of layer {label!r}, {tuple(matrix.shape)} as a matrix, has no singular value decomposition even in "
@@ -101,29 +119,28 @@ def _working(stack: Tensor) -> torch.dtype:
     return torch.promote_types(stack.dtype, torch.float32)
 
 
-@torch.no_grad()
 def project(stack: Tensor, basis: Basis, rank: int) -> Tensor:
     """The nearest stack of rank `rank` (Eckart-Young). Shapes: (stack, rows, columns) -> the same."""
-    q = basis.vectors[..., :rank].to(_working(stack))
-    a = stack.to(q.dtype)
-    return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
+    with _exactly(stack.device):
+        q = basis.vectors[..., :rank].to(_working(stack))
+        a = stack.to(q.dtype)
+        return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
 
 
-@torch.no_grad()
 def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
     """Left (stack, rows, rank) and right (stack, rank, columns) with left @ right = project(stack, basis, rank).
 
     Each carries the square root of the singular values, so that neither is much larger than the other. Float64.
     """
-    q, a = basis.vectors[..., :rank].double(), stack.double()
-    values = basis.values[..., :rank]
-    scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
-    if basis.on_rows:
-        return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
-    return (a @ q) / scale[..., None, :], scale[..., None] * q.mT
+    with _exactly(stack.device):
+        q, a = basis.vectors[..., :rank].double(), stack.double()
+        values = basis.values[..., :rank]
+        scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
+        if basis.on_rows:
+            return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
+        return (a @ q) / scale[..., None, :], scale[..., None] * q.mT
 
 
-@torch.no_grad()
 def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
     """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP's regularisation).
 
@@ -131,9 +148,10 @@ def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
     zero, as in torch.linalg.matrix_rank.
     """
     working = _working(stack)
-    tolerance = max(stack.shape[1:]) * torch.finfo(working).eps * basis.values[..., :1]
-    weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0).to(working)
-    q = basis.vectors.to(working)
-    inverse_root = (q * weight[..., None, :]) @ q.mT
-    a = stack.to(working)
-    return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)
+    with _exactly(stack.device):
+        tolerance = max(stack.shape[1:]) * torch.finfo(working).eps * basis.values[..., :1]
+        weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0).to(working)
+        q = basis.vectors.to(working)
+        inverse_root = (q * weight[..., None, :]) @ q.mT
+        a = stack.to(working)
+        return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)

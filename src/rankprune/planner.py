@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankprune import linalg
-from rankprune.cost import Inputs, LayerCost, count, pair_macs
+from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
 from rankprune.layers import Layer, select, unwrap
 from rankprune.linalg import Basis
@@ -69,9 +69,9 @@ class Planner:
         self.scheme, self.rule, self.round_to = scheme, rule, round_to
         counted = None if example_inputs is None else count(self.model, example_inputs)
         costs = {row.name: row for row in counted.layers} if counted else {}
-        called = {name for name, row in costs.items() if row.calls} if counted else None
-        selection = select(self.model, include, exclude, called)
-        self._cost = Cost(counted.macs if counted else None, sum(p.numel() for p in self.model.parameters()))
+        calls = {name: row.single_input for name, row in costs.items() if row.calls} if counted else None
+        selection = select(self.model, include, exclude, calls)
+        self._cost = Cost(counted.macs if counted else None, parameter_count(self.model))
         self._static: dict[str, LayerPlan] = {}
         self.options: dict[str, list[Option]] = {}
         for layer in selection.layers:
@@ -172,13 +172,12 @@ def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
 def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:
     """The plan's entry of a module that stays as it is."""
     weight = module._parameters.get("weight")
-    lazy = any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False))
-    params = 0 if lazy else sum(p.numel() for p in module.parameters(recurse=False))
+    params = parameter_count(module, recurse=False)
     macs = row.macs if row else None
     return LayerPlan(
         name=name,
         kind=type(module).__name__,
-        shape=() if weight is None or lazy else tuple(weight.shape),
+        shape=() if weight is None or isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape),
         scheme=None,
         rank=None,
         full_rank=None,

@@ -32,6 +32,13 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
                 f"the plan has layer {name!r} as {entry.kind} with a weight of shape {entry.shape}; this model has "
                 f"{type(module).__name__} with {shape}: make a new plan for it"
             )
+        scheme = SCHEMES.get(entry.scheme or "")
+        if scheme is None or scheme.unsupported(module):
+            known = ", ".join(s.name for s in SCHEMES.values() if not s.unsupported(module))
+            raise RankPruneError(f"the plan gives layer {name!r} the scheme {entry.scheme!r}; it can have {known}")
+        full_rank = min(scheme.to_matrices(module, module.get_parameter("weight").detach()).shape[1:])
+        if not 1 <= (entry.rank or 0) <= full_rank:
+            raise RankPruneError(f"the plan gives layer {name!r} the rank {entry.rank}; it can have 1 to {full_rank}")
         found[name] = module
     return found
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from rankprune.errors import RankPruneError
 
 Metric = Literal["macs", "params"]
+_ROUNDING = 1e-12
+"""How far off a decimal fraction may be in binary; 0.9 of ten ranks is nine."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,11 @@ class Candidate:
         return self.values.double().square().sum(0)
 
     def errors(self) -> Tensor:
-        """The share of energy lost at rank 0, 1, ..., k: (k + 1,), from 1 down to 0. Below 1e-12 it is rounding, so 0."""
+        """The share of energy lost at rank 0, 1, ..., k: (k + 1,), from 1 down to 0. What is mere rounding is 0."""
         energies = self.energies()
         tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
         total = tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
-        return torch.where(tail <= 1e-12 * total, 0.0, tail / total)
+        return torch.where(tail <= _ROUNDING * total, 0.0, tail / total)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Energy(LocalRule):
     def rank_of(self, values: Tensor) -> int:
         energies = values.double().square().sum(0)
         tail = energies.flip(0).cumsum(0).flip(0)
-        return max(1, int((tail > (1 - self.keep) * tail[0]).sum()))
+        return max(1, int((tail > (1 - self.keep + _ROUNDING) * tail[0]).sum()))
 
     def relaxed(self, progress: float) -> "Energy":
         return Energy(1 - (1 - self.keep) * progress)
@@ -196,7 +198,7 @@ class RankFraction(LocalRule):
             raise RankPruneError(f"RankFraction(fraction={self.fraction}): give a fraction above 0 and at most 1, like 0.25")
 
     def rank_of(self, values: Tensor) -> int:
-        return math.ceil(self.fraction * values.shape[-1])
+        return max(1, math.ceil(self.fraction * values.shape[-1] - 1e-9))
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class TRP:
         self.steps = 0
         self.history: list[tuple[int, dict[str, int]]] = []
         self._projected_at: int | None = None
+        self._annealed = True
         self._subgradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
@@ -182,8 +183,11 @@ class TRP:
             FactorizationError: naming the layer, if a weight is not finite.
         """
         bases = self._planner.bases()
-        if self.plan is None or self.freeze is None or self.steps < self.freeze:
-            self.plan = self._planner.plan(bases, self._rule())
+        frozen = self.freeze is not None and self.steps >= self.freeze and not self._annealed
+        if self.plan is None or not frozen:
+            rule = self._rule()
+            self.plan = self._planner.plan(bases, rule)
+            self._annealed = rule is not self._planner.rule
         project(self.model, self.plan, bases)
         if self.nuclear:
             self._subgradients = self._nuclear_terms(self.plan, bases)
@@ -211,7 +215,7 @@ class TRP:
 
         If the last step was itself followed by a projection in full, that one counts.
         """
-        if self._projected_at != self.steps or self.steps < self.ramp:
+        if self._projected_at != self.steps or self._annealed:
             self.ramp = min(self.ramp, self.steps)
             self.project()
         self.detach()
@@ -224,11 +228,24 @@ class TRP:
         """What a resumed run needs besides the states of the model and the optimizer: plain values and tensors."""
         return {
             "steps": self.steps,
+            "layers": self._shapes(),
             "projected_at": self._projected_at,
+            "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [(step, dict(ranks)) for step, ranks in self.history],
             "subgradients": {name: term.clone() for name, term in self._subgradients.items()},
         }
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._planner.layers.items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The choices it was made with, as plain values."""
+        names = ("every", "nuclear", "nuclear_cadence", "ramp", "freeze")
+        planner = self._planner
+        chosen = {"rule": repr(planner.rule), "scheme": planner.scheme, "round_to": planner.round_to}
+        return chosen | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict(), bit for bit.
@@ -236,13 +253,14 @@ class TRP:
         Raises:
             RankPruneError: if the state is of another model.
         """
-        unknown = set(state["subgradients"]) - set(self._planner.layers)
-        if unknown:
+        here, there = self._shapes(), state["layers"]
+        differing = [name for name in {**here, **there} if list(here.get(name, ())) != list(there.get(name, ()))]
+        if differing:
             raise RankPruneError(
-                f"this state is of another model: it has layers {sorted(unknown)[:3]}, which are not considered here"
+                f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
             )
         self.steps = state["steps"]
-        self._projected_at = state["projected_at"]
+        self._projected_at, self._annealed = state["projected_at"], state["annealed"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._subgradients = {

@@ -71,7 +71,9 @@ def load_images(path: str | Path, split: str, size: int | None = None) -> ImageS
                 return _read_parquet(files, size)
     for name in names:
         if (root / name).is_dir():
-            return _read_folder(root / name, size)
+            splits = [root / split for split in ("train", "test", "validation", "val")]
+            classes = {p.name for split in splits if split.is_dir() for p in split.iterdir() if p.is_dir()}
+            return _read_folder(root / name, sorted(classes), size)
     raise RankPruneError(
         f"no {split!r} images under {str(root)!r}: expected the folder cifar-10-batches-py, files {names[0]}-*.parquet, "
         f"or a folder {names[0]}/<class>/"
@@ -119,34 +121,36 @@ def _read_parquet(files: list[Path], size: int | None) -> ImageSet:
     label = next((c for c in ("label", "labels", "fine_label") if c in columns), None)
     if image is None or label is None:
         raise RankPruneError(f"{str(files[0])!r} has columns {columns}; expected one of img, image and one of label, labels")
-    pixels = [_decode(cell["bytes"], size) for table in tables for cell in table[image].to_pylist()]
+    pixels = [_decode(cell["bytes"], size, str(files[0].parent)) for table in tables for cell in table[image].to_pylist()]
     labels = [value for table in tables for value in table[label].to_pylist()]
     count = max(labels) + 1
     classes = CIFAR10_CLASSES if count == 10 and image == "img" else tuple(str(i) for i in range(count))
     return ImageSet(_stack(pixels, files[0].parent), torch.tensor(labels), classes)
 
 
-def _read_folder(folder: Path, size: int | None) -> ImageSet:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+def _read_folder(folder: Path, classes: list[str], size: int | None) -> ImageSet:
     suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
     pixels, labels = [], []
     for label, name in enumerate(classes):
-        for file in sorted((folder / name).iterdir()):
+        for file in sorted((folder / name).glob("*")):
             if file.suffix.lower() in suffixes:
-                pixels.append(_decode(file.read_bytes(), size))
+                pixels.append(_decode(file.read_bytes(), size, str(file)))
                 labels.append(label)
     if not pixels:
         raise RankPruneError(f"no images in {str(folder)!r}; expected {folder.name}/<class>/*.png or .jpg")
     return ImageSet(_stack(pixels, folder), torch.tensor(labels), tuple(classes))
 
 
-def _decode(data: bytes, size: int | None) -> Tensor:
+def _decode(data: bytes, size: int | None, source: str) -> Tensor:
     """Encoded image -> (height, width, 3) uint8."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingExtraError("pillow", "recipes") from error
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    try:
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise RankPruneError(f"{source!r} holds something that is no image, or a damaged one; remove or replace it") from error
     if size is not None and picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,56 +109,72 @@ def train(
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
+    settings = _settings(config, batches, trp)
     log: list[EpochLog] = []
     if checkpoint is not None and checkpoint.is_file():
-        log = _resume(checkpoint, model, optimizer, trp, config)
+        log = _resume(checkpoint, model, optimizer, trp, settings)
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_native_bfloat16(device))
     forward = torch.compile(model) if config.compile else model
     total = config.epochs * len(batches)
-    if trp is not None:
-        trp.attach(optimizer)
     model.train()
-    for epoch in range(len(log), config.epochs):
-        begin, losses = time.perf_counter(), torch.zeros((), device=device)
-        for i, (images, labels) in enumerate(batches.epoch(epoch)):
-            lr = learning_rate(config, epoch * len(batches) + i, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits = forward(images)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses += loss.detach()
-            if on_step is not None:
-                on_step(Progress(epoch, i + 1, len(batches), lr, loss.detach()))
-        mean = float(losses) / len(batches)
-        seconds = round(time.perf_counter() - begin, 2)
-        log.append(EpochLog(epoch, mean, seconds, trp.plan.ranks if trp is not None and trp.plan is not None else {}))
-        if not math.isfinite(mean):
-            raise RankPruneError(f"the loss is {mean} after epoch {epoch}: lower the learning rate (lr={config.lr})")
-        if checkpoint is not None:
-            _write(checkpoint, model, optimizer, trp, config, log)
-    if trp is not None:
-        trp.detach()
+    with nullcontext() if trp is None else _attached(trp, optimizer):
+        for epoch in range(len(log), config.epochs):
+            begin, losses = time.perf_counter(), torch.zeros((), device=device)
+            for i, (images, labels) in enumerate(batches.epoch(epoch)):
+                lr = learning_rate(config, epoch * len(batches) + i, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = forward(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses += loss.detach()
+                if on_step is not None:
+                    on_step(Progress(epoch, i + 1, len(batches), lr, loss.detach()))
+            mean = float(losses) / len(batches)
+            if not math.isfinite(mean):
+                raise RankPruneError(f"the loss is {mean} after epoch {epoch}: lower the learning rate (lr={config.lr})")
+            seconds = round(time.perf_counter() - begin, 2)
+            log.append(EpochLog(epoch, mean, seconds, trp.plan.ranks if trp is not None and trp.plan is not None else {}))
+            if checkpoint is not None:
+                _write(checkpoint, model, optimizer, trp, settings, log)
     return log
 
 
+@contextmanager
+def _attached(trp: TRP, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    trp.attach(optimizer)
+    try:
+        yield
+    finally:
+        trp.detach()
+
+
+def _settings(config: TrainConfig, batches: TrainBatches, trp: TRP | None) -> str:
+    """All that has to be the same for a run to go on as it began."""
+    data = {
+        "images": len(batches.labels),
+        "batch": batches.batch,
+        "seed": batches.seed,
+        "pad": batches.pad,
+        "flip": batches.flip,
+    }
+    return json.dumps({"training": asdict(config), "data": data, "trp": trp and trp.settings}, sort_keys=True)
+
+
 def _write(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    trp: TRP | None,
-    config: TrainConfig,
-    log: list[EpochLog],
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, settings: str, log: list[EpochLog]
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "trp": None if trp is None else trp.state_dict(),
-        "config": json.dumps(asdict(config), sort_keys=True),
+        "settings": settings,
         "log": [asdict(entry) for entry in log],
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")  # a kill while writing leaves the last whole checkpoint in place
@@ -165,17 +182,21 @@ def _write(
     os.replace(part, path)
 
 
-def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, config: TrainConfig
-) -> list[EpochLog]:
-    device = next(model.parameters()).device
-    state = torch.load(path, map_location=device, weights_only=True)
-    if state["config"] != json.dumps(asdict(config), sort_keys=True) or (state["trp"] is None) != (trp is None):
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp: TRP | None, settings: str) -> list[EpochLog]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
+        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged; delete it to begin again") from error
+    if state["settings"] != settings:
         raise CheckpointError(
-            f"{str(path)!r} is of a run with another config ({state['config']}); delete it, or choose another folder"
+            f"the checkpoint {str(path)!r} is of a run with another config, {state['settings']} instead of {settings}; "
+            "delete it, or choose another folder"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if trp is not None:
         trp.load_state_dict(state["trp"])
+    torch.set_rng_state(state["rng"])
+    if state["rng_cuda"]:
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
     return [EpochLog(**entry) for entry in state["log"]]

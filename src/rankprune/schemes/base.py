@@ -52,24 +52,31 @@ class Scheme(ABC, Generic[L]):
     def pair_weights(self, layer: L, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Factors left (stack, rows, r) and right (stack, r, columns) -> the weights of the two layers, in order."""
 
-    def pair(self, layer: L, left: Tensor, right: Tensor) -> nn.Sequential:
-        """Two stock layers that compute what `layer` would with the weight ``to_weight(left @ right)``.
-
-        The pair takes over the layer's bias (on its second half), device, dtype, memory format, mode and requires_grad.
-
-        Shapes: left (stack, rows, r), right (stack, r, columns).
-        """
-        pair = self.empty_pair(layer, left.shape[-1])
-        dense = layer.get_parameter("weight")
-        with torch.no_grad():
-            for half, weight in zip(pair, self.pair_weights(layer, left, right), strict=True):
-                half.get_parameter("weight").copy_(weight).requires_grad_(dense.requires_grad)
-            if layer.bias is not None:
-                bias = layer.get_parameter("bias")
-                pair[1].get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+    def pair_like(self, layer: L, rank: int) -> nn.Sequential:
+        """empty_pair with the memory format, mode and requires_grad of `layer`; the bias is its second half's."""
+        pair, dense = self.empty_pair(layer, rank), layer.get_parameter("weight")
+        for half in pair:
+            half.get_parameter("weight").requires_grad_(dense.requires_grad)
+        if layer.bias is not None:
+            pair[1].get_parameter("bias").requires_grad_(layer.get_parameter("bias").requires_grad)
         if dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last):
             nn.utils.convert_conv2d_weight_memory_format(pair, torch.channels_last)
         return pair.train(layer.training)
+
+    def pair(self, layer: L, left: Tensor, right: Tensor) -> nn.Sequential:
+        """Two stock layers that compute what `layer` would with the weight ``to_weight(left @ right)``.
+
+        The pair takes over the layer's bias, device, dtype, memory format, mode and requires_grad.
+
+        Shapes: left (stack, rows, r), right (stack, r, columns).
+        """
+        pair = self.pair_like(layer, left.shape[-1])
+        with torch.no_grad():
+            for half, weight in zip(pair, self.pair_weights(layer, left, right), strict=True):
+                half.get_parameter("weight").copy_(weight)
+            if layer.bias is not None:
+                pair[1].get_parameter("bias").copy_(layer.get_parameter("bias"))
+        return pair
 
 
 def not_a_convolution(layer: nn.Module) -> str | None:
