@@ -42,7 +42,7 @@ RoundTo = Annotated[int, typer.Option(help="Round ranks up to a multiple.")]
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rankprune-demo"), epochs: int = 20, seed: int = 0
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rankprune-demo"), epochs: int = 15, seed: int = 0
 ) -> None:
     """Make a small network for handwritten digits smaller, three ways with the same budget."""
     with TrainingBars(epochs) as bars:

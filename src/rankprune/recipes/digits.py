@@ -67,9 +67,9 @@ def digits() -> tuple[ImageSet, ImageSet]:
 
 
 def demonstrate(
-    *, epochs: int = 20, fraction: float = 0.3, seed: int = 0, on_step: Callable[[str, Progress], None] | None = None
+    *, epochs: int = 15, fraction: float = 0.3, seed: int = 0, on_step: Callable[[str, Progress], None] | None = None
 ) -> Demonstration:
-    """Train a ResNet-14 dense; decompose it plainly; train another with TRP to the same MACs and decompose that one.
+    """Train a ResNet-14, twice as wide as usual, and decompose it; train another with TRP to the same MACs and decompose that.
 
     All start from the same weights, see the same batches in the same order, and are trained for the same number of epochs;
     none is fine-tuned.
@@ -85,7 +85,7 @@ def demonstrate(
 
     def network() -> CifarResNet:
         torch.manual_seed(seed)
-        return CifarResNet(14)
+        return CifarResNet(14, width=32)
 
     def accuracy(model: nn.Module) -> float:
         return top1(model, eval_batches(test, normalize=NORMALIZE))
@@ -107,7 +107,7 @@ def demonstrate(
     networks: dict[str, nn.Module] = {
         "dense": dense,
         "dense, decomposed": plain,
-        "TRP, before decomposition": trained,
+        "TRP, projected": trained,
         "TRP, decomposed": small,
     }
     many: Tensor = next(eval_batches(test, 256, NORMALIZE))[0]
