@@ -199,6 +199,8 @@ DAMAGE = {
     "plan of format 1": lambda a: edit_head(a, lambda h: h["plan"].update(format=7)),
     "unknown one": lambda a: edit_head(a, lambda h: h["plan"]["layers"][0].update(colour="red")),
     "tucker": lambda a: edit_head(a, lambda h: h["plan"]["layers"][1].update(scheme="tucker")),
+    "rank": lambda a: edit_head(a, lambda h: h["plan"]["layers"][1].update(rank="3")),
+    "aliases": lambda a: edit_head(a, lambda h: h.update(aliases=["head.weight"])),
     "conv.0.weight is missing": lambda a: save_file({"x": torch.zeros(1)}, a / "model.safetensors"),
 }
 

@@ -166,6 +166,21 @@ def test_model_that_is_one_layer() -> None:
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_keeps_off_the_fast_path_that_reads_weights(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
+    plan = at_full_rank(rp.make_plan(model, x, rule=rp.FixedRank(1), include=["*linear?"]))
+    assert len(plan.decomposed) == 4
+    small = rp.decompose(model, plan)
+    with torch.no_grad():
+        wanted, found = model(x, src_key_padding_mask=mask), small(x, src_key_padding_mask=mask)
+    kept = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
 def test_weight_normed_layers_stay_and_work(normed: Callable) -> None:

@@ -21,7 +21,7 @@ from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig, run, write
 from rankprune.recipes.images import ImageSet, load_images
 from rankprune.recipes.resnet import resnet
-from rankprune.recipes.training import Progress, TrainConfig, learning_rate, train
+from rankprune.recipes.training import Progress, TrainConfig, learning_rate, loss_of, train
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, precision="float32", compile=False)
 
@@ -177,9 +177,12 @@ def test_checkpoint_of_another_config_is_refused(checkpoint: Path, other: dict) 
     exactly_same(model, network())
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
-def test_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "c.pt").write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", {"conv.weight": torch.zeros(2)}, [1, 2]], ids=str)
+def test_damaged_or_foreign_checkpoint(tmp_path: Path, content: object) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "c.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "c.pt")
     with pytest.raises(rp.CheckpointError, match=r"c\.pt"):
         train(network(), batches(), CONFIG, checkpoint=tmp_path / "c.pt")
 
@@ -313,6 +316,8 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         replace(TINY, name="trp", trp=pruned),
         replace(TINY, name="nu", method="trp+nu", trp=replace(pruned, nuclear=3e-3)),
         replace(TINY, name="plain", method="decompose", start="run:dense"),
+        replace(TINY, name="tuned", method="decompose+finetune", start="run:dense"),
+        replace(TINY, name="ours", method="ours", start="run:dense", training=replace(TINY.training, distill=0.7), trp=pruned),
     ]
     results = {e.name: run(e, folders) for e in experiments}
     test = load_images(folders.data / "tiny", "test")
@@ -330,11 +335,15 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
             assert top1(small, eval_batches(test)) == saved["top1"]
             assert rp.count(small, torch.zeros(1, 3, 8, 8)).macs == saved["macs"] <= saved["macs_dense"] / 2.2
             assert saved["macs"] > 0.98 * saved["macs_dense"] / 2.2
-    assert [len(results[name]["log"]) for name in ("dense", "trp", "nu", "plain")] == [1, 1, 1, 0]
+    assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
     assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
     dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
     assert all(torch.equal(dense[name], plain[name]) for name in dense)
     assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
+    tuned = read_tensors(folders.runs / "tuned" / "artefact" / "model.safetensors")
+    plain = read_tensors(folders.runs / "plain" / "artefact" / "model.safetensors")
+    assert tuned.keys() == plain.keys()
+    assert not torch.equal(tuned["layer1.0.conv1.0.weight"], plain["layer1.0.conv1.0.weight"])
 
 
 def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
@@ -376,3 +385,32 @@ def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Folders.from_environment("r") == Folders(tmp_path / "d", tmp_path / "models", Path("r"))
     (tmp_path / "d" / "models").mkdir(parents=True)
     assert Folders.from_environment().models == tmp_path / "d" / "models"
+
+
+def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:
+    logits, answers, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    config = replace(CONFIG, distill=0.7, temperature=4.0)
+    p, q = (answers / 4).softmax(1), (logits / 4).softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean()
+    expected = 0.3 * F.cross_entropy(logits, labels) + 0.7 * 16 * divergence
+    torch.testing.assert_close(loss_of(logits, labels, answers, config), expected)
+    torch.testing.assert_close(loss_of(logits, labels, None, config), F.cross_entropy(logits, labels))
+
+
+def test_a_teacher_is_left_alone_and_taught_from_as_it_was_at_the_start() -> None:
+    model, plain = network(), network()
+    before = copy.deepcopy(model)
+    config = replace(CONFIG, distill=1.0, epochs=1)
+    train(model, batches(), config, teacher=model)
+    train(plain, batches(), config, teacher=before)
+    exactly_same(model, plain)
+    assert before.training
+    assert all(p.requires_grad for p in before.parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"distill": 1.5}, {"distill": -0.1}, {"temperature": 0.0}])
+def test_distillation_out_of_range(wrong: dict) -> None:
+    with pytest.raises(rp.RankPruneError, match=str(next(iter(wrong.values())))):
+        replace(CONFIG, **wrong)
+    with pytest.raises(rp.RankPruneError, match="needs a teacher"):
+        train(network(), batches(), replace(CONFIG, distill=0.5))

@@ -1,5 +1,6 @@
 """One experiment: a config in a TOML file or from the command line, one network trained and decomposed, one JSON."""
 
+import copy
 import datetime
 import json
 import os
@@ -8,8 +9,9 @@ import subprocess
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ from rankprune.recipes.resnet import resnet
 from rankprune.recipes.training import EpochLog, Progress, TrainConfig, train
 from rankprune.trp import TRP
 
-Method = Literal["dense", "trp", "trp+nu", "decompose"]
+Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finetune"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,13 @@ class TrpConfig:
 class Experiment:
     """What to run.
 
-    Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP; "decompose" trains nothing and decomposes
-    what it starts from. `start` is where the weights come from: a file in the folder of pretrained models, or the name of an
-    experiment that has run ("run:NAME" takes the dense weights it ended with), or nothing for a fresh network. `holdout`
-    images of the training split are kept out of it and take the place of the test split, for making choices.
+    Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP, and "ours" with TRP and what we add to it;
+    "decompose" trains nothing and decomposes what it starts from, and "decompose+finetune" trains the decomposed network.
+    Distillation learns from the network the experiment starts from.
+
+    `start` is where the weights come from: a file in the folder of pretrained models, or "run:NAME" for the dense weights that
+    experiment ended with, or nothing for a fresh network. `holdout` images of the training split are kept out of it and take
+    the place of the test split, for making choices.
     """
 
     name: str
@@ -66,10 +71,13 @@ class Experiment:
     trp: TrpConfig = field(default_factory=TrpConfig)
 
     def __post_init__(self) -> None:
-        if self.method not in ("dense", "trp", "trp+nu", "decompose"):
-            raise RankPruneError(f"method={self.method!r}: choose dense, trp, trp+nu or decompose")
-        if self.method == "decompose" and not self.start:
-            raise RankPruneError("method 'decompose' needs weights to start from: set start to 'run:NAME' or to a file")
+        if self.method not in get_args(Method):
+            raise RankPruneError(f"method={self.method!r}: choose one of {', '.join(get_args(Method))}")
+        if not self.start and (self.method.startswith("decompose") or self.training.distill):
+            raise RankPruneError(
+                f"method {self.method!r} with distill={self.training.distill} needs weights to start from: set start to "
+                "'run:NAME' or to a file"
+            )
         if self.method == "trp+nu" and not self.trp.nuclear:
             raise RankPruneError("method 'trp+nu' needs a nuclear weight: set trp.nuclear, like 3e-4")
 
@@ -141,20 +149,16 @@ def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], 
     if e.start:
         load_exactly(model, read_tensors(_start_file(e.start, folders)), e.start)
     x = next(eval_batches(test_set, 1))[0]
-    log, trp = _train(e, model, train_set, x, folder, on_step)
+    batches = TrainBatches(train_set, e.batch, seed=e.training.seed)
+    log, plan, small = _train(e, model, batches, x, folder / "checkpoint.pt", on_step)
     folder.mkdir(parents=True, exist_ok=True)
-    result = _describe(e, log, len(train_set), len(test_set), folder)
-    if e.method == "dense":
-        save_tensors(folder / "dense.safetensors", model)
+    save_tensors(folder / "dense.safetensors", model)
+    result = _describe(e, log, len(train_set), len(test_set))
+    if plan is None or small is None:
         cost = count(model, x)
-        result |= {
-            "top1_dense": top1(model, eval_batches(test_set)),
-            "macs_dense": cost.macs,
-            "params_dense": cost.params,
-        }
+        result |= {"macs_dense": cost.macs, "params_dense": cost.params}
+        result |= {"top1_dense": top1(model, eval_batches(test_set))}
     else:
-        plan, small = _decompose(e, model, trp, x)
-        save_tensors(folder / "dense.safetensors", model)
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", resnet(e.model, len(train_set.classes)))
         result |= _compare(model, small, plan, test_set, x)
@@ -173,38 +177,37 @@ def _start_file(start: str, folders: Folders) -> Path:
 def _train(
     e: Experiment,
     model: nn.Module,
-    data: ImageSet,
+    batches: TrainBatches,
     x: torch.Tensor,
-    folder: Path,
+    checkpoint: Path,
     on_step: Callable[[Progress], None] | None,
-) -> tuple[list[EpochLog], TRP | None]:
-    if e.method == "decompose":
-        return [], None
-    batches = TrainBatches(data, e.batch, seed=e.training.seed)
-    trp = None
-    if e.method != "dense":
-        steps = e.training.epochs * len(batches)
-        trp = TRP(
-            model,
-            rule=parse_rule(e.trp.rule),
-            scheme=e.trp.scheme,
-            every=e.trp.every,
-            nuclear=e.trp.nuclear,
-            nuclear_cadence=e.trp.nuclear_cadence,
-            ramp=round(e.trp.ramp * steps),
-            freeze=None if e.trp.freeze is None else round(e.trp.freeze * steps),
-            example_inputs=x,
-        )
-    return train(model, batches, e.training, trp=trp, checkpoint=folder / "checkpoint.pt", on_step=on_step), trp
-
-
-def _decompose(e: Experiment, model: nn.Module, trp: TRP | None, x: torch.Tensor) -> tuple[Plan, nn.Module]:
-    if trp is not None:
-        small = trp.finalize()
-        assert trp.plan is not None
-        return trp.plan, small
-    plan = make_plan(model, x, scheme=e.trp.scheme, rule=parse_rule(e.trp.rule))
-    return plan, decompose(model, plan)
+) -> tuple[list[EpochLog], Plan | None, nn.Module | None]:
+    """Do what the method says: the log of the training, and the plan and the decomposed network where there is one."""
+    learn = partial(
+        train, batches=batches, config=e.training, teacher=copy.deepcopy(model), checkpoint=checkpoint, on_step=on_step
+    )
+    rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
+    if e.method == "dense":
+        return learn(model), None, None
+    if e.method.startswith("decompose"):
+        plan = make_plan(model, x, scheme=scheme, rule=rule)
+        small = decompose(model, plan)
+        return learn(small) if e.method == "decompose+finetune" else [], plan, small
+    steps = e.training.epochs * len(batches)
+    trp = TRP(
+        model,
+        rule=rule,
+        scheme=scheme,
+        every=e.trp.every,
+        nuclear=e.trp.nuclear,
+        nuclear_cadence=e.trp.nuclear_cadence,
+        ramp=round(e.trp.ramp * steps),
+        freeze=None if e.trp.freeze is None else round(e.trp.freeze * steps),
+        example_inputs=x,
+    )
+    log = learn(model, trp=trp)
+    small = trp.finalize()
+    return log, trp.plan, small
 
 
 def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet, x: torch.Tensor) -> dict[str, Any]:
@@ -226,7 +229,7 @@ def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet,
     }
 
 
-def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int, folder: Path) -> dict[str, Any]:
+def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int) -> dict[str, Any]:
     return {
         "name": e.name,
         "model": e.model,

@@ -1,5 +1,6 @@
 """The training loop of the recipes: SGD with a cosine schedule, any attached TRP, checkpoints, exact resume."""
 
+import copy
 import json
 import math
 import os
@@ -23,13 +24,19 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `precision` is that of autocast; "auto" takes bfloat16 where the processor multiplies it natively."""
+    """How to train.
+
+    `precision` is that of autocast; "auto" takes bfloat16 where the processor multiplies it natively. `distill` is the weight
+    of the teacher's softened answers, at `temperature`, against that of the labels (Hinton et al. 2015); 0 needs no teacher.
+    """
 
     epochs: int = 30
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup_steps: int = 0
+    distill: float = 0.0
+    temperature: float = 4.0
     precision: Precision = "auto"
     compile: bool = True
     seed: int = 0
@@ -39,6 +46,10 @@ class TrainConfig:
             raise RankPruneError(f"epochs={self.epochs}: give 0 or more")
         if not self.lr > 0:
             raise RankPruneError(f"lr={self.lr}: give a positive learning rate")
+        if not 0 <= self.distill <= 1 or not self.temperature > 0:
+            raise RankPruneError(
+                f"distill={self.distill}, temperature={self.temperature}: give a weight from 0 to 1, and a positive temperature"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ def train(
     config: TrainConfig,
     *,
     trp: TRP | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> list[EpochLog]:
@@ -92,15 +104,18 @@ def train(
 
     Args:
         trp: attached to the optimizer for the length of the training, then detached; finalize() is left to the caller.
+        teacher: the network whose answers config.distill weighs; run in eval mode, otherwise left as it is.
         checkpoint: written after every epoch. If it is there at the start and of the same config, the run goes on from it and
             ends as it would have ended uninterrupted.
 
     Raises:
         CheckpointError: if the checkpoint is of a run with another config.
-        RankPruneError: if there are fewer images than one batch.
+        RankPruneError: if there are fewer images than one batch, or a teacher is missing.
     """
     if not len(batches):
         raise RankPruneError(f"{len(batches.labels)} images do not fill one batch of {batches.batch}; use a smaller batch")
+    if config.distill and teacher is None:
+        raise RankPruneError(f"distill={config.distill} needs a teacher to learn from")
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -109,6 +124,7 @@ def train(
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
+    taught = _taught(teacher, config) if teacher is not None and config.distill else None  # before the model changes
     settings = _settings(config, batches, trp)
     log: list[EpochLog] = []
     if checkpoint is not None and checkpoint.is_file():
@@ -126,7 +142,8 @@ def train(
                     group["lr"] = lr
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     logits = forward(images)
-                loss = F.cross_entropy(logits.float(), labels)
+                    answers = taught(images) if taught is not None else None
+                loss = loss_of(logits.float(), labels, answers, config)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -141,6 +158,34 @@ def train(
             if checkpoint is not None:
                 _write(checkpoint, model, optimizer, trp, settings, log)
     return log
+
+
+def loss_of(logits: Tensor, labels: Tensor, answers: Tensor | None, config: TrainConfig) -> Tensor:
+    """Cross-entropy with the labels, mixed by config.distill with the divergence from the teacher's softened answers.
+
+    The divergence is scaled by the square of the temperature, so that its gradient does not fade with it (Hinton et al. 2015).
+    Shapes: logits and answers (b, classes), labels (b,) -> ().
+    """
+    loss = F.cross_entropy(logits, labels)
+    if answers is None:
+        return loss
+    t = config.temperature
+    divergence = F.kl_div(
+        (logits / t).log_softmax(1), (answers.float() / t).log_softmax(1), reduction="batchmean", log_target=True
+    )
+    return (1 - config.distill) * loss + config.distill * t * t * divergence
+
+
+def _taught(teacher: nn.Module, config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    """The answers of a copy of the teacher in eval mode, without gradients."""
+    frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
+    forward = torch.compile(frozen) if config.compile else frozen
+
+    def answers(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return forward(images)
+
+    return answers
 
 
 @contextmanager
@@ -187,6 +232,8 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trp:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler fail in any way
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged; delete it to begin again") from error
+    if not isinstance(state, dict) or "settings" not in state:
+        raise CheckpointError(f"{str(path)!r} is not a checkpoint of this loop; delete it, or choose another folder")
     if state["settings"] != settings:
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is of a run with another config, {state['settings']} instead of {settings}; "

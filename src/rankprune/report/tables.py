@@ -71,7 +71,7 @@ def _row(group: list[Result], results: Sequence[Result]) -> str:
 
 
 def _drop(r: Result, results: Sequence[Result]) -> float | None:
-    if r["method"] == "decompose":
+    if r["method"].startswith("decompose"):
         return r["top1_before_decomposition"] - r["top1"]
     same = ("model", "dataset", "test_split", "epochs")
     dense = [d["top1_dense"] for d in results if d["method"] == "dense" and all(d[k] == r[k] for k in same)]
