@@ -98,7 +98,10 @@ def _read_head(folder: Path) -> tuple[Plan, dict[str, str]]:
         raise CheckpointError(
             f"{str(path)!r} is of format {head.get('format')!r}, this version reads {FORMAT}: save it again with this version"
         )
-    return Plan.from_json(json.dumps(head["plan"])), head.get("aliases", {})
+    aliases = head.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise CheckpointError(f"{str(path)!r} is damaged: its aliases are {aliases!r}; copy or save it again")
+    return Plan.from_json(json.dumps(head["plan"])), aliases
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -144,7 +147,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _without_prefixes(_read_safetensors(path))
     if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}")
+        raise CheckpointError(f"there is no file {str(path)!r}; check the path, or save it first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler fail in any way
@@ -157,7 +160,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}")
+        raise CheckpointError(f"there is no file {str(path)!r}; check the path, or save it first")
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:

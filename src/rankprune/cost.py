@@ -1,5 +1,6 @@
 """What a model costs: multiply-accumulates by running it, and milliseconds by timing it. The model is left as it was."""
 
+import inspect
 import platform
 import statistics
 import time
@@ -169,7 +170,7 @@ def _should_count(module: nn.Module) -> bool:
 
 def _is_packed(module: nn.Module) -> bool:
     """Whether it is a quantized layer, which keeps its weight behind a method."""
-    return callable(getattr(module, "weight", None))
+    return inspect.ismethod(getattr(module, "weight", None))
 
 
 def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int:

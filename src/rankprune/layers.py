@@ -1,5 +1,6 @@
 """Which layers of a model can be decomposed, and why the others cannot."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _holds_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
         return False
     own = [p for p in module._parameters.values() if p is not None]
-    packed = callable(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
+    packed = inspect.ismethod(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
     return packed or any(isinstance(p, nn.UninitializedParameter) or p.dim() >= 2 for p in own)
 
 

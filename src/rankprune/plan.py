@@ -92,7 +92,7 @@ class Plan:
             layers = tuple(_layer(entry) for entry in data.pop("layers"))
             return cls(layers=layers, **data)
         except (TypeError, KeyError) as error:
-            raise CheckpointError(f"this plan lacks a field or has an unknown one ({error})") from error
+            raise CheckpointError(f"this plan lacks a field, or has a wrong one ({error})") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
@@ -132,4 +132,10 @@ class Plan:
 def _layer(entry: dict[str, Any]) -> LayerPlan:
     if set(entry) != {f.name for f in fields(LayerPlan)}:
         raise KeyError(f"a layer with the fields {sorted(entry)}")
+    for name in ("rank", "full_rank", "macs_before", "macs_after"):
+        if not isinstance(entry[name], int | None):
+            raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
+    for name in ("params_before", "params_after"):
+        if not isinstance(entry[name], int):
+            raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
     return LayerPlan(**{**entry, "shape": tuple(entry["shape"])})

@@ -144,8 +144,13 @@ def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], 
         train_set, test_set = train_set.split(e.holdout)
     else:
         test_set = load_images(source, "test")
-    model = resnet(e.model, len(train_set.classes))
-    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+
+    def network() -> nn.Module:
+        made = resnet(e.model, len(train_set.classes))
+        nn.utils.convert_conv2d_weight_memory_format(made, torch.channels_last)
+        return made
+
+    model = network()
     if e.start:
         load_exactly(model, read_tensors(_start_file(e.start, folders)), e.start)
     x = next(eval_batches(test_set, 1))[0]
@@ -160,7 +165,7 @@ def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], 
         result |= {"top1_dense": top1(model, eval_batches(test_set))}
     else:
         save(folder / "artefact", small, plan)
-        small = load(folder / "artefact", resnet(e.model, len(train_set.classes)))
+        small = load(folder / "artefact", network())
         result |= _compare(model, small, plan, test_set, x)
     return result
 
