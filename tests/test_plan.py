@@ -146,6 +146,7 @@ class Restless(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", None)
         self.what = what
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,10 +156,12 @@ class Restless(nn.Module):
             self.calls += 1
         elif self.what == "a new buffer":
             self.calls = self.calls + 1
+        elif self.what == "an empty buffer":
+            self.cache = torch.ones(3)
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize("what", ["random numbers", "a buffer in place", "a new buffer"])
+@pytest.mark.parametrize("what", ["random numbers", "a buffer in place", "a new buffer", "an empty buffer"])
 def test_what_a_forward_pass_changes_is_put_back(what: str) -> None:
     model, x = Restless(what), torch.randn(2, 16)
     before = state(model)

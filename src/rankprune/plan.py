@@ -92,7 +92,7 @@ class Plan:
             layers = tuple(_layer(entry) for entry in data.pop("layers"))
             return cls(layers=layers, **data)
         except (TypeError, KeyError) as error:
-            raise CheckpointError(f"this plan lacks a field, or has a wrong one ({error})") from error
+            raise CheckpointError(f"this plan lacks a field or has an unknown one, or one of a wrong type ({error})") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
