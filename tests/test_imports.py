@@ -17,6 +17,7 @@ ORDER = [
     "linalg",
     "layers",
     "cost",
+    "calibration",
     "latency",
     "ranks",
     "plan",

@@ -174,7 +174,7 @@ def allowed_and_network(layers: Layers, rest: int, fraction: float) -> tuple[int
     return math.floor(fraction * whole) - rest, Cost(whole, 7 * whole)
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(case=networks(), fraction=st.floats(0.2, 1.0))
 def test_the_budget_is_kept_and_well_spent(case: tuple[Layers, int], fraction: float) -> None:
     layers, rest = case
@@ -265,9 +265,9 @@ def test_a_budget_rounds_ranks_too() -> None:
 def test_a_budget_over_a_hundred_large_layers_takes_no_time() -> None:
     layers = {str(i): matrix_layer((0.98 + i * 1e-4) ** torch.arange(512), 512, 4608) for i in range(100)}
     network = Cost(100 * 512 * 4608, 7 * 100 * 512 * 4608)
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process, so that a busy machine fails no test
     Budget(macs=0.45).choose(layers, network)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 # -- bad input, text --------------------------------------------------------------------------------------------------

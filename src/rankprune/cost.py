@@ -84,12 +84,8 @@ def call(model: nn.Module, x: Inputs) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; on leaving, restore its modes and buffers and the random number generators."""
     modes = {m: m.training for m in model.modules()}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not isinstance(buffer, nn.UninitializedBuffer)
-    ]
+    buffers = {module: dict(module._buffers) for module in modes}
+    values = [(b, b.detach().clone()) for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
     devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
@@ -98,8 +94,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
+            for module, before in buffers.items():
+                module._buffers.clear()
+                module._buffers.update(before)
+            for buffer, before in values:
+                buffer.copy_(before)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:

@@ -1,28 +1,34 @@
 """Replace each planned layer by its pair of thin ones, in a copy of the model."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankprune import linalg
+from rankprune.calibration import whitenings
+from rankprune.cost import Inputs
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
-from rankprune.projection import factor_planned, planned_modules
+from rankprune.projection import planned_matrices, planned_modules
 from rankprune.schemes import SCHEMES
 
 
 @torch.no_grad()
-def decompose(model: nn.Module, plan: Plan) -> nn.Module:
+def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | None = None) -> nn.Module:
     """A new model in which every planned layer is an ``nn.Sequential`` of two stock layers; `model` is untouched.
 
     A model whose weights already have the plan's ranks (after TRP) computes the same as before, up to rounding. No
     fine-tuning is involved. compile and DataParallel wrappers are taken off.
 
+    Args:
+        calibration: inputs to run the model on, like example_inputs. Given, the factors lose least in the layers' outputs on
+            these inputs, instead of in the weights (see Whitening).
+
     Raises:
-        RankPruneError: if the plan does not fit the model.
+        RankPruneError: if the plan does not fit the model, or calibration is empty.
         FactorizationError: if a weight is not finite.
 
     >>> from rankprune.planner import make_plan
@@ -38,13 +44,17 @@ def decompose(model: nn.Module, plan: Plan) -> nn.Module:
     )
     """
     model = unwrap(model)
-    bases = factor_planned(model, plan)
+    modules, stacks = planned_modules(model, plan), planned_matrices(model, plan)
+    layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in stacks}
+    whites = {} if calibration is None else whitenings(model, layers, calibration)
+    for key, white in whites.items():
+        stacks[key] = white.apply(stacks[key])
+    bases = linalg.bases(list(stacks.values()), [name for name, _ in stacks])
     pairs = {}
-    for name, module in planned_modules(model, plan).items():
-        entry = plan.decomposed[name]
-        scheme = SCHEMES[entry.scheme or ""]
-        matrices = scheme.to_matrices(module, module.get_parameter("weight"))
-        pairs[name] = scheme.pair(module, *linalg.factors(matrices, bases[name, scheme.name], entry.rank or 1))
+    for (key, stack), basis in zip(stacks.items(), bases, strict=True):
+        module, scheme = layers[key]
+        left, right = linalg.factors(stack, basis, plan.decomposed[key[0]].rank or 1)
+        pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
     return _with_pairs(model, plan, pairs)
 
 

@@ -1,6 +1,6 @@
 """From a model to a Plan: select layers, see them as matrices, factor, and let the rule choose."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankprune import linalg
+from rankprune.calibration import whitenings
 from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
 from rankprune.layers import Layer, select, unwrap
@@ -42,6 +43,8 @@ class Planner:
             given, "cheaper" is judged in MACs, otherwise in parameters.
         include, exclude: shell patterns on module names, see rankprune.layers.select.
         round_to: ranks are rounded up to a multiple of this.
+        calibration: inputs like example_inputs, some hundred images or sequences. Given, errors are measured in the
+            layers' outputs on them instead of in their weights; decompose with the same inputs.
 
     Raises:
         RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, or a
@@ -58,6 +61,7 @@ class Planner:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         round_to: int = 1,
+        calibration: Iterable[Inputs] | None = None,
     ) -> None:
         if not isinstance(round_to, int) or round_to < 1:
             raise RankPruneError(f"round_to={round_to}: give a whole number of at least 1")
@@ -82,6 +86,8 @@ class Planner:
             self._static[layer.name] = _entry(layer.name, layer.module, row, reason)
         for skip in selection.skipped:
             self._static[skip.name] = _entry(skip.name, skip.module, costs.get(skip.name), skip.reason)
+        flat = {(o.layer.name, o.scheme.name): (o.layer.module, o.scheme) for o in self._flat()}
+        self._whitenings = {} if calibration is None else whitenings(self.model, flat, calibration)
         if not self.options:
             why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
@@ -94,10 +100,16 @@ class Planner:
     @torch.no_grad()
     def bases(self) -> Bases:
         """Factor the present weights, every layer under every scheme it may get."""
-        flat = [option for options in self.options.values() for option in options]
-        stacks = [o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight")) for o in flat]
-        found = linalg.bases(stacks, [o.layer.name for o in flat])
-        return {(o.layer.name, o.scheme.name): basis for o, basis in zip(flat, found, strict=True)}
+        stacks = {
+            (o.layer.name, o.scheme.name): o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight"))
+            for o in self._flat()
+        }
+        for key, white in self._whitenings.items():
+            stacks[key] = white.apply(stacks[key])
+        return dict(zip(stacks, linalg.bases(list(stacks.values()), [name for name, _ in stacks]), strict=True))
+
+    def _flat(self) -> list[Option]:
+        return [option for options in self.options.values() for option in options]
 
     def plan(self, bases: Bases, rule: RankRule | None = None) -> Plan:
         """Let the rule (or another one in its place) choose, given the bases of the present weights."""
@@ -141,6 +153,7 @@ def make_plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     round_to: int = 1,
+    calibration: Iterable[Inputs] | None = None,
 ) -> Plan:
     """Decide, from the weights as they are, which layers to decompose and at which rank. The model is left as it was.
 
@@ -159,6 +172,7 @@ def make_plan(
         include=include,
         exclude=exclude,
         round_to=round_to,
+        calibration=calibration,
     )
     return planner.plan(planner.bases())
 

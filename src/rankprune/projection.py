@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.errors import RankPruneError
@@ -36,7 +36,7 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         if scheme is None or scheme.unsupported(module):
             known = ", ".join(s.name for s in SCHEMES.values() if not s.unsupported(module))
             raise RankPruneError(f"the plan gives layer {name!r} the scheme {entry.scheme!r}; it can have {known}")
-        full_rank = min(scheme.to_matrices(module, module.get_parameter("weight").detach()).shape[1:])
+        full_rank = min(scheme.to_matrices(module, torch.empty(entry.shape, device="meta")).shape[1:])
         if not 1 <= (entry.rank or 0) <= full_rank:
             raise RankPruneError(f"the plan gives layer {name!r} the rank {entry.rank}; it can have 1 to {full_rank}")
         found[name] = module
@@ -45,11 +45,17 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]:
     """The basis of every layer that the plan decomposes, under its planned scheme."""
-    modules = planned_modules(model, plan)
-    entries = [plan.decomposed[name] for name in modules]
-    keys = [(e.name, e.scheme or "") for e in entries]
-    stacks = [SCHEMES[s].to_matrices(modules[n], modules[n].get_parameter("weight").detach()) for n, s in keys]
-    return dict(zip(keys, linalg.bases(stacks, list(modules)), strict=True))
+    stacks = planned_matrices(model, plan)
+    return dict(zip(stacks, linalg.bases(list(stacks.values()), [name for name, _ in stacks]), strict=True))
+
+
+def planned_matrices(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Tensor]:
+    """The weight of every layer that the plan decomposes as its stack of matrices, by (layer, scheme)."""
+    entries = [(module, plan.decomposed[name]) for name, module in planned_modules(model, plan).items()]
+    return {
+        (e.name, e.scheme or ""): SCHEMES[e.scheme or ""].to_matrices(module, module.get_parameter("weight").detach())
+        for module, e in entries
+    }
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 L = TypeVar("L", bound=nn.Module)
@@ -31,6 +32,8 @@ class Scheme(ABC, Generic[L]):
     """
 
     name: ClassVar[str]
+    input_on_rows: ClassVar[bool]
+    """Whether the side of the matrices that faces the layer's input is that of the rows."""
 
     @abstractmethod
     def unsupported(self, layer: nn.Module) -> str | None:
@@ -51,6 +54,14 @@ class Scheme(ABC, Generic[L]):
     @abstractmethod
     def pair_weights(self, layer: L, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Factors left (stack, rows, r) and right (stack, r, columns) -> the weights of the two layers, in order."""
+
+    @abstractmethod
+    def input_patches(self, layer: L, x: Tensor) -> Tensor | None:
+        """What the input-facing side of the matrices is multiplied with when `layer` runs on `x`.
+
+        Shapes: x as the layer is called with -> (matrices, samples, input-facing size), where one matrix may stand for all of
+        the stack; None where the layer does not multiply patches of its input (transposed convolutions).
+        """
 
     def pair_like(self, layer: L, rank: int) -> nn.Sequential:
         """empty_pair with the memory format, mode and requires_grad of `layer`; the bias is its second half's."""
@@ -129,6 +140,25 @@ def conv_like(
         dtype=layer.weight.dtype,
         **keywords,
     )
+
+
+def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
+    """The windows of `x` under the kernel axes in `axes`, at every position along all others.
+
+    Shapes: (b, c, ...) or (c, ...) -> (g, samples, c/g * kernel sizes); None for transposed convolutions.
+    """
+    if layer.transposed:
+        return None
+    spatial = len(layer.kernel_size)
+    x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
+    sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(layer._reversed_padding_repeated_twice)]
+    x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis in axes:
+        size, dilation = layer.kernel_size[axis], layer.dilation[axis]
+        x = x.unfold(2 + axis, (size - 1) * dilation + 1, layer.stride[axis])[..., ::dilation]
+    x = x.unflatten(1, (layer.groups, -1))  # (b, g, c/g, positions ..., kernel sizes ...)
+    order = (1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, x.dim()))
+    return x.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
 
 
 def kernel_axes(layer: Convolution) -> range:

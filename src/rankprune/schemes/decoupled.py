@@ -2,19 +2,35 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import Convolution, Scheme, conv_like, from_grouped, kernel_axes, not_a_convolution, to_grouped
+from rankprune.schemes.base import (
+    Convolution,
+    Scheme,
+    conv_like,
+    from_grouped,
+    kernel_axes,
+    not_a_convolution,
+    patches,
+    to_grouped,
+)
 
 
 class Decoupled(Scheme[Convolution]):
     """n matrices (c/g, k1 * ... * kd), one per output channel; the sum over r is done by the second, grouped layer."""
 
     name = "decoupled"
+    input_on_rows = True
 
     def unsupported(self, layer: nn.Module) -> str | None:
         if reason := not_a_convolution(layer):
             return reason
         pointwise = isinstance(layer, Convolution) and set(layer.kernel_size) == {1}
         return "a pointwise kernel has nothing to decouple" if pointwise else None
+
+    def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
+        found = patches(layer, x, kernel_axes(layer)[:0])
+        if found is None or layer.groups == 1:
+            return found
+        return found.repeat_interleave(layer.out_channels // layer.groups, 0)
 
     def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         return to_grouped(layer, weight).flatten(3).flatten(0, 1)

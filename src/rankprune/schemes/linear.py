@@ -11,9 +11,13 @@ class Linear(Scheme[nn.Linear]):
     """One matrix (n, c); the pair is Linear(c, r) without bias, then Linear(r, n)."""
 
     name = "linear"
+    input_on_rows = False
 
     def unsupported(self, layer: nn.Module) -> str | None:
         return None if type(layer) is nn.Linear else f"{type(layer).__name__} is not a linear layer"
+
+    def input_patches(self, layer: nn.Linear, x: Tensor) -> Tensor | None:
+        return x.detach().reshape(1, -1, layer.in_features)
 
     def to_matrices(self, layer: nn.Linear, weight: Tensor) -> Tensor:
         return weight[None]

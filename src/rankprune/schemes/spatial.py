@@ -2,7 +2,16 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import Convolution, Scheme, conv_like, from_grouped, kernel_axes, not_a_convolution, to_grouped
+from rankprune.schemes.base import (
+    Convolution,
+    Scheme,
+    conv_like,
+    from_grouped,
+    kernel_axes,
+    not_a_convolution,
+    patches,
+    to_grouped,
+)
 
 
 class Spatial(Scheme[Convolution]):
@@ -12,9 +21,13 @@ class Spatial(Scheme[Convolution]):
     """
 
     name = "spatial"
+    input_on_rows = True
 
     def unsupported(self, layer: nn.Module) -> str | None:
         return not_a_convolution(layer)
+
+    def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
+        return patches(layer, x, kernel_axes(layer)[:1])
 
     def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         grouped = to_grouped(layer, weight).flatten(4) if len(layer.kernel_size) > 1 else to_grouped(layer, weight)[..., None]

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankprune as rp
+from rankprune.schemes import SCHEMES
+
+
+def correlated(*shape: int) -> Tensor:
+    """Inputs whose channels, and whose neighbouring pixels, go together."""
+    x = torch.randn(*shape)
+    x = x + 2 * x.roll(1, dims=1) if x.dim() < 3 else x
+    for axis in range(2, x.dim()):
+        x = x + x.roll(1, dims=axis)
+    mix = torch.randn(shape[1], shape[1]) * torch.logspace(0, -2, shape[1])
+    return (x.movedim(1, -1) @ mix).movedim(-1, 1)
+
+
+def loss(small: nn.Module, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((small(x) - model(x)).square().sum())
+
+
+def both(model: nn.Module, x: Tensor, scheme: str, rank: int) -> tuple[float, float]:
+    """The squared output error without and with calibration at one rank."""
+    plan = rp.make_plan(model, x, scheme=scheme, rule=rp.FixedRank(rank), include=["*"], calibration=[x])
+    assert plan.ranks
+    return loss(rp.decompose(model, plan), model, x), loss(rp.decompose(model, plan, calibration=[x]), model, x)
+
+
+def test_a_linear_layer_loses_the_least_that_any_factors_of_its_rank_can():
+    model, x = nn.Sequential(nn.Linear(16, 12)), correlated(200, 16)
+    plain, calibrated = both(model, x, "channel", 4)
+    outputs = x.double() @ model[0].weight.detach().double().T
+    optimum = float(torch.linalg.svdvals(outputs)[4:].square().sum())
+    assert calibrated == pytest.approx(optimum, rel=1e-3)
+    assert plain > 1.2 * optimum
+
+
+def test_so_does_a_channel_wise_convolution():
+    model, x = nn.Sequential(nn.Conv2d(6, 10, 3, padding=1, stride=2)), correlated(8, 6, 9, 9)
+    plain, calibrated = both(model, x, "channel", 4)
+    outputs = (model(x) - model[0].bias[:, None, None]).detach().double().movedim(1, -1).flatten(0, -2)
+    optimum = float(torch.linalg.svdvals(outputs)[4:].square().sum())
+    assert calibrated == pytest.approx(optimum, rel=1e-3)
+    assert plain > 1.2 * optimum
+
+
+@pytest.mark.parametrize(("scheme", "rank"), [("spatial", 6), ("decoupled", 1)])
+def test_the_other_schemes_lose_less_than_without(scheme, rank):
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), correlated(8, 8, 10, 10)
+    plain, calibrated = both(model, x, scheme, rank)
+    assert calibrated < 0.9 * plain
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, padding=1, groups=2),
+        nn.Conv2d(6, 8, (3, 5), stride=(2, 1), dilation=(1, 2), padding=(1, 4), padding_mode="reflect"),
+        nn.Conv1d(6, 8, 4, padding="same"),
+        nn.Conv3d(6, 8, 3, padding="valid", bias=False),
+        nn.ConvTranspose2d(6, 8, 3, stride=2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_at_full_rank_calibration_changes_no_output(layer, scheme):
+    model, x = nn.Sequential(layer), torch.randn(4, 6, *[10] * len(layer.kernel_size))
+    matrices = SCHEMES[scheme].to_matrices(layer, layer.weight.detach())
+    plan = rp.make_plan(model, rule=rp.FixedRank(1), scheme=scheme, include=["*"])
+    if not plan.ranks:
+        pytest.skip("rank 1 is not cheaper")
+    full = rp.Plan.from_json(plan.to_json().replace('"rank": 1,', f'"rank": {min(matrices.shape[1:])},'))
+    torch.testing.assert_close(rp.decompose(model, full, calibration=[x])(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_patches_are_those_of_unfold():
+    layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), torch.randn(3, 4, 11, 9)
+    found = SCHEMES["channel"].input_patches(layer, x)
+    expected = F.unfold(x, 3, dilation=2, padding=1, stride=2).unflatten(1, (2, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    assert torch.equal(found, expected)
+
+
+def test_ranks_follow_the_outputs_where_calibrated():
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), torch.randn(64, 16)
+    x[:, 3:] = 0  # three inputs matter
+    plan = rp.make_plan(model, x, rule=rp.Energy(0.999), calibration=[x])
+    assert plan.ranks == {"0": 3}
+    assert rp.make_plan(model, x, rule=rp.Energy(0.999)).ranks == {}
+
+
+def test_the_model_is_left_as_it_was_and_no_inputs_are_an_error():
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).train(), torch.randn(8, 16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = rp.make_plan(model, x, rule=rp.FixedRank(2), calibration=iter([x, x]))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[0]._forward_pre_hooks
+    with pytest.raises(rp.RankPruneError, match="calibration= holds no inputs"):
+        rp.decompose(model, plan, calibration=[])
