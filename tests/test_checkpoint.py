@@ -78,10 +78,10 @@ def test_saving_again_replaces(artefact: Path) -> None:
 def test_golden_names(artefact: Path) -> None:
     assert sorted(p.name for p in artefact.iterdir()) == ["model.safetensors", "rankprune.json"]
     head = json.loads((artefact / "rankprune.json").read_text())
-    assert head.keys() == {"format", "architecture", "torch", "aliases", "plan"}
+    assert head.keys() == {"format", "architecture", "geometry", "aliases", "plan"}
     assert (head["format"], head["architecture"]) == (1, "Net")
     assert head["aliases"] == {"head.weight": "table.weight"}
-    assert head["plan"].keys() == {"format", "layers", "macs_dense", "params_dense", "scheme", "rule"}
+    assert head["plan"].keys() == {"format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted"}
     assert head["plan"]["layers"][1].keys() == {
         *("name", "kind", "shape", "scheme", "rank", "full_rank", "macs_before", "macs_after"),
         *("params_before", "params_after", "error", "reason"),

@@ -20,6 +20,8 @@ ORDER = [
     "calibration",
     "latency",
     "ranks",
+    "budget",
+    "rules",
     "plan",
     "planner",
     "projection",

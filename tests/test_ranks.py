@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rankprune as rp
-from rankprune.ranks import Budget, Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
-from rankprune.ranks import parse_rule as parse
+from rankprune.budget import Budget
+from rankprune.ranks import Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
+from rankprune.rules import parse_rule as parse
 
 Layers = dict[str, list[Candidate]]
 
@@ -305,12 +306,24 @@ def test_text_may_hold_fractions() -> None:
     assert parse("Budget(macs=1/2.2)") == Budget(macs=1 / 2.2)
 
 
+def test_the_first_value_needs_no_name() -> None:
+    assert parse("FixedRank(8)") == FixedRank(8)
+    assert parse("Energy(9/10)") == Energy(keep=0.9)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Energy("0.9"), lambda: FixedRank(True), lambda: Budget(macs="1"), lambda: SingularValue(None)]
+)
+def test_values_that_are_no_numbers_are_refused(make) -> None:
+    with pytest.raises(rp.RankPruneError):
+        make()
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "Energy",
-        "Energy(0.9)",
         "Energy(0.9, keep=0.9)",
         "Energy(keep=)",
         "Energy(kept=0.9)",

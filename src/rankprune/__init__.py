@@ -1,5 +1,6 @@
 """rankprune: train a network so that its layers become low-rank, then replace each by two thin ones, exactly."""
 
+from rankprune.budget import Budget
 from rankprune.checkpoint import load, save
 from rankprune.cost import Count, Timing, count, measure
 from rankprune.decompose import decompose
@@ -8,7 +9,7 @@ from rankprune.export import export_onnx
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import make_plan
 from rankprune.projection import project
-from rankprune.ranks import Budget, Energy, FixedRank, RankFraction, SingularValue
+from rankprune.ranks import Energy, FixedRank, RankFraction, SingularValue
 from rankprune.trp import TRP
 from rankprune.version import VERSION as __version__
 

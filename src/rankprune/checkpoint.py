@@ -15,6 +15,7 @@ from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
+from rankprune.schemes.base import Convolution
 
 FORMAT = 1
 """Version of an artefact. A reader refuses any other."""
@@ -38,12 +39,15 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         if not isinstance(pair, nn.Sequential) or len(pair) != 2 or parameter_count(pair) != entry.params_after:
             raise CheckpointError(
                 f"layer {name!r} is a {type(pair).__name__}, but the plan decomposes it at rank {entry.rank} into two of "
-                f"{entry.params_after} parameters in all: save the model that decompose(model, plan) returned"
+                f"{entry.params_after} parameters in all: save the model "
+                "that decompose(model, plan) returned, with that very plan"
             )
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{str(folder)!r} is a file; give a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
     aliases = save_tensors(folder / _WEIGHTS, model)
-    head = {"format": FORMAT, "architecture": type(model).__name__, "torch": torch.__version__, "aliases": aliases}
+    head = {"format": FORMAT, "architecture": type(model).__name__, "geometry": _geometry(model), "aliases": aliases}
     (folder / _HEAD).write_text(json.dumps({**head, "plan": json.loads(plan.to_json())}, indent=1))
 
 
@@ -64,12 +68,19 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             in what, and what to do.
     """
     folder = Path(folder)
-    plan, aliases = _read_head(folder)
+    plan, aliases, geometry = _read_head(folder)
     tensors = _read_safetensors(folder / _WEIGHTS)
     try:
         small = skeleton(model, plan)
     except RankPruneError as error:
         raise CheckpointError(f"the artefact {str(folder)!r} does not fit this model: {error}") from error
+    here = _geometry(small)
+    if differing := [name for name in {**geometry, **here} if geometry.get(name) != here.get(name)]:
+        name = differing[0]
+        raise CheckpointError(
+            f"the artefact {str(folder)!r} is of another architecture: its layer {name!r} has {geometry.get(name)}, that of "
+            f"this model {here.get(name)}. Build the model as it was when it was saved"
+        )
     tensors |= {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
     load_exactly(small, tensors, str(folder))
     return small
@@ -84,7 +95,7 @@ def load_plan(folder: str | Path) -> Plan:
     return _read_head(Path(folder))[0]
 
 
-def _read_head(folder: Path) -> tuple[Plan, dict[str, str]]:
+def _read_head(folder: Path) -> tuple[Plan, dict[str, str], dict[str, Any]]:
     path = folder / _HEAD
     if not path.is_file():
         raise CheckpointError(f"no artefact in {str(folder)!r}: {_HEAD} is missing; give the folder that save() wrote")
@@ -101,7 +112,14 @@ def _read_head(folder: Path) -> tuple[Plan, dict[str, str]]:
     aliases = head.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{str(path)!r} is damaged: its aliases are {aliases!r}; copy or save it again")
-    return Plan.from_json(json.dumps(head["plan"])), aliases
+    return Plan.from_json(json.dumps(head["plan"])), aliases, head.get("geometry", {})
+
+
+def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What tensors do not tell of each convolution: stride, padding and the like, as JSON gives them back."""
+    fields = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Convolution)}
+    return {name: json.loads(json.dumps({f: getattr(m, f) for f in fields})) for name, m in convolutions.items()}
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -113,6 +131,8 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         CheckpointError: listing missing, surplus and differently shaped tensors.
     """
     own = model.state_dict()
+    if meta := [name for name, value in own.items() if isinstance(value, Tensor) and value.is_meta]:
+        raise CheckpointError(f"{meta[0]} of the model is on the meta device; build the model on a real one")
     tensors = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(tensors)
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in own]
@@ -131,6 +151,8 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         for name, slot in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors and slot.dtype != tensors[name].dtype:
                 slot.data = slot.data.to(tensors[name].dtype)
+            if 0 in slot.stride() and slot.numel() > 1:
+                slot.data = slot.data.clone()  # an expanded tensor cannot be written to
     model.load_state_dict(tensors)
 
 
@@ -186,6 +208,12 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Contiguous tensors without shared ones, and the names left out, each with the name it shares its tensor with."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"the state of this model holds {name!r}, a {type(value).__name__} and no tensor (quantized layers and "
+                "get_extra_state do that); safetensors cannot hold it: save state_dict() with torch.save instead"
+            )
     kept: dict[str, Tensor] = {}
     first: dict[tuple, str] = {}
     aliases: dict[str, str] = {}

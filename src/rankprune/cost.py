@@ -84,21 +84,30 @@ def call(model: nn.Module, x: Inputs) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; on leaving, restore its modes and buffers and the random number generators."""
     modes = {m: m.training for m in model.modules()}
-    buffers = {module: dict(module._buffers) for module in modes}
+    buffers = {module: dict(module._buffers.items()) for module in modes}
     values = [(b, b.detach().clone()) for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
     devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
-            model.eval()
+            try:
+                model.eval()
+            except NotImplementedError as error:
+                raise RankPruneError(
+                    f"this {type(model).__name__} has no eval mode, as after torch.export; use the model it was made from"
+                ) from error
             yield
         finally:
             for module, training in modes.items():
                 module.training = training
             for module, before in buffers.items():
-                module._buffers.clear()
-                module._buffers.update(before)
+                for name in [name for name, _ in module._buffers.items() if name not in before]:
+                    delattr(module, name)
+                for name, buffer in before.items():
+                    if module._buffers[name] is not buffer:
+                        module._buffers[name] = buffer
             for buffer, before in values:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):  # an expanded one cannot be written to
+                    buffer.copy_(before)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -201,8 +210,9 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model))
+            call(model, x)  # what it caches at its first call must not be made in inference mode
         stack.enter_context(torch.inference_mode())
-        for run in range(-warmup, runs):
+        for run in range(min(0, 1 - warmup), runs):  # the call above was the first of the warm-up
             for name, model in models.items():
                 synchronize()
                 begin = time.perf_counter()

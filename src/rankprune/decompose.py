@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
+from rankprune.errors import RankPruneError
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules
@@ -80,8 +81,16 @@ def _with_pairs(model: nn.Module, plan: Plan, pairs: Mapping[str, nn.Module]) ->
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    small = copy.deepcopy(model, memo)
-    for module in small.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
-            module.activation_relu_or_gelu = 0  # keeps it off its fast path, which reads linear1.weight
+    try:
+        small = copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise RankPruneError(f"this {type(model).__name__} cannot be copied by copy.deepcopy ({error})") from error
+    missing = [name for name, pair in pairs.items() if dict(small.named_modules()).get(name) is not pair]
+    if missing:
+        raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
+    for module in small.modules():  # keep these off their fast paths, which read linear1.weight
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
+            module.activation_relu_or_gelu = 0
     return small

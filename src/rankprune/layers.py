@@ -72,6 +72,8 @@ def select(
     Raises:
         RankPruneError: if a pattern matches no layer, or the model has nothing to decompose.
     """
+    include = [include] if isinstance(include, str) else include
+    exclude = [exclude] if isinstance(exclude, str) else exclude or ()
     modules = dict(model.named_modules())
     holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
     shared = _shared_weights(holders)
@@ -100,13 +102,18 @@ def select(
     return Selection(layers, skipped)
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The module's parameter `weight`, if it has one that is a parameter of its own."""
+    return dict(module._parameters.items()).get("weight")
+
+
 def _holds_matrix(module: nn.Module) -> bool:
     """Whether the module itself, not a child, owns a weight that a decomposition could be about."""
     if isinstance(module, DECOMPOSABLE):
         return True
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
         return False
-    own = [p for p in module._parameters.values() if p is not None]
+    own = [p for _, p in module._parameters.items() if p is not None]
     packed = inspect.ismethod(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
     return packed or any(isinstance(p, nn.UninitializedParameter) or p.dim() >= 2 for p in own)
 
@@ -115,7 +122,7 @@ def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
     """Name of a module -> name of another one that holds the same parameter."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in holders.items():
-        for parameter in module._parameters.values():
+        for _, parameter in module._parameters.items():
             if parameter is not None and name not in owners[id(parameter)]:
                 owners[id(parameter)].append(name)
     groups = [names for names in owners.values() if len(names) > 1]
@@ -125,7 +132,7 @@ def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
 def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, bool] | None) -> str | None:
     """Why this module cannot be decomposed whatever the scheme, or None."""
     kind = type(module).__name__
-    weight = module._parameters.get("weight")
+    weight = own_weight(module)
     if isinstance(weight, nn.UninitializedParameter):
         return f"{kind} has no shape yet; run one forward pass first"
     if nn.utils.parametrize.is_parametrized(module):

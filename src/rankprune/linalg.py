@@ -5,12 +5,12 @@ Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factor
 norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP's regularisation); for a tall A the same on the right. The basis comes from
 the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower
 weights that leaves singular values right down to 1e-6 of the largest, below which they are rounding of the weights
-themselves. Float64 weights deserve more and get a true SVD.
+themselves. Float64 weights deserve more and get a true SVD. All products are in float64 too, which neither autocast nor TF32
+touches.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +34,7 @@ class Basis:
     on_rows: bool
 
 
-@contextmanager
-def _exactly(device: torch.device) -> Iterator[None]:
-    """No gradients, and none of the shortcuts the caller may have asked for: autocast, TF32 or bfloat16 products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
+@torch.no_grad()
 def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
     """The basis of each stack (stack, rows, columns); stacks of equal matrix shape are factored in one batch.
 
@@ -60,8 +49,7 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
     for members in batches.values():
         batch = torch.cat([stacks[i].detach() for i in members])
         labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
-        with _exactly(batch.device):
-            values, vectors = _factor(batch, labels)
+        values, vectors = _factor(batch, labels)
         on_rows = batch.shape[1] <= batch.shape[2]
         sizes = [stacks[i].shape[0] for i in members]
         for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
@@ -114,47 +102,39 @@ def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
     return values[0], vectors[0]
 
 
-def _working(stack: Tensor) -> torch.dtype:
-    """The dtype to compute products in: at least float32."""
-    return torch.promote_types(stack.dtype, torch.float32)
-
-
+@torch.no_grad()
 def project(stack: Tensor, basis: Basis, rank: int) -> Tensor:
     """The nearest stack of rank `rank` (Eckart-Young). Shapes: (stack, rows, columns) -> the same."""
-    with _exactly(stack.device):
-        q = basis.vectors[..., :rank].to(_working(stack))
-        a = stack.to(q.dtype)
-        return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
+    q, a = basis.vectors[..., :rank], stack.double()
+    return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
 
 
+@torch.no_grad()
 def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
     """Left (stack, rows, rank) and right (stack, rank, columns) with left @ right = project(stack, basis, rank).
 
     Each carries the square root of the singular values, so that neither is much larger than the other. Float64.
     """
-    with _exactly(stack.device):
-        q, a = basis.vectors[..., :rank].double(), stack.double()
-        values = basis.values[..., :rank]
-        scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
-        if basis.on_rows:
-            return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
-        return (a @ q) / scale[..., None, :], scale[..., None] * q.mT
+    q, a, values = basis.vectors[..., :rank], stack.double(), basis.values[..., :rank]
+    scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
+    if basis.on_rows:
+        return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
+    return (a @ q) / scale[..., None, :], scale[..., None] * q.mT
 
 
+@torch.no_grad()
 def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
     """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP's regularisation).
 
     Shapes: (stack, rows, columns) -> the same. Singular values below max(rows, columns) * eps of the largest count as
     zero, as in torch.linalg.matrix_rank.
     """
-    working = _working(stack)
-    with _exactly(stack.device):
-        tolerance = max(stack.shape[1:]) * torch.finfo(working).eps * basis.values[..., :1]
-        weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0).to(working)
-        q = basis.vectors.to(working)
-        inverse_root = (q * weight[..., None, :]) @ q.mT
-        a = stack.to(working)
-        return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)
+    eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
+    tolerance = max(stack.shape[1:]) * eps * basis.values[..., :1]
+    weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0)
+    q, a = basis.vectors, stack.double()
+    inverse_root = (q * weight[..., None, :]) @ q.mT
+    return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)
 
 
 @dataclass(frozen=True)
@@ -170,15 +150,14 @@ class Whitening:
 
     def apply(self, stack: Tensor) -> Tensor:
         """(stack, rows, columns) -> the same in float64, whitened on the side that faces the input."""
-        with _exactly(stack.device):
-            return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
+        return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
 
     def undo(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of a whitened stack -> factors of the stack itself. Shapes: (stack, rows, r), (stack, r, columns)."""
-        with _exactly(left.device):
-            return (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
+        return (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
 
 
+@torch.no_grad()
 def whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
     """The Whitening of an input covariance (matrices, size, size).
 
@@ -191,5 +170,4 @@ def whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
     values, vectors = basis.values, basis.vectors
     floor = 1e-6 * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     roots = values.maximum(floor).sqrt()
-    with _exactly(covariance.device):
-        return Whitening((vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT, on_rows)
+    return Whitening((vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT, on_rows)

@@ -36,13 +36,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers that hold a weight matrix, in the model's order, and the cost of the whole dense model."""
+    """All layers that hold a weight matrix, in the model's order, and the cost of the whole dense model.
+
+    `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here.
+    """
 
     layers: tuple[LayerPlan, ...]
     macs_dense: int | None
     params_dense: int
     scheme: str
     rule: str
+    uncounted: tuple[str, ...] = ()
 
     @cached_property
     def decomposed(self) -> dict[str, LayerPlan]:
@@ -90,7 +94,9 @@ class Plan:
             raise CheckpointError(f"this is not a plan of format {FORMAT}; write it again with this version of rankprune")
         try:
             layers = tuple(_layer(entry) for entry in data.pop("layers"))
-            return cls(layers=layers, **data)
+            if len({layer.name for layer in layers}) < len(layers):
+                raise KeyError("a layer that is there twice")
+            return cls(layers=layers, **{**data, "uncounted": tuple(data["uncounted"])})
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"this plan lacks a field or has an unknown one, or one of a wrong type ({error})") from error
 
@@ -125,6 +131,8 @@ class Plan:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
+        if self.uncounted:
+            lines.append(f"MACs not counted: {', '.join(self.uncounted)}")
         lines.append(f"params {self.params_dense:,} > {self.params:,} ({self.params_dense / self.params:.2f}x fewer)")
         return "\n".join(lines)
 
@@ -132,10 +140,14 @@ class Plan:
 def _layer(entry: dict[str, Any]) -> LayerPlan:
     if set(entry) != {f.name for f in fields(LayerPlan)}:
         raise KeyError(f"a layer with the fields {sorted(entry)}")
-    for name in ("rank", "full_rank", "macs_before", "macs_after"):
-        if not isinstance(entry[name], int | None):
-            raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
-    for name in ("params_before", "params_after"):
-        if not isinstance(entry[name], int):
-            raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
+    kinds: dict[type, tuple[str, ...]] = {
+        int: ("params_before", "params_after"),
+        int | None: ("rank", "full_rank", "macs_before", "macs_after"),
+        str: ("name", "kind"),
+        str | None: ("scheme", "reason"),
+    }  # type: ignore[assignment]
+    for kind, names in kinds.items():
+        for name in names:
+            if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
+                raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
     return LayerPlan(**{**entry, "shape": tuple(entry["shape"])})

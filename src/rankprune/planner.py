@@ -1,17 +1,17 @@
 """From a model to a Plan: select layers, see them as matrices, factor, and let the rule choose."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
-from rankprune.layers import Layer, select, unwrap
+from rankprune.layers import Layer, own_weight, select, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
 from rankprune.ranks import Candidate, Choice, Cost, RankRule
@@ -26,6 +26,7 @@ class Option:
     scheme: Scheme[Any]
     unit: Cost
     dense: Cost
+    full_rank: int
 
 
 Bases = dict[tuple[str, str], Basis]
@@ -75,6 +76,7 @@ class Planner:
         costs = {row.name: row for row in counted.layers} if counted else {}
         calls = {name: row.single_input for name, row in costs.items() if row.calls} if counted else None
         selection = select(self.model, include, exclude, calls)
+        self._uncounted = counted.uncounted if counted else ()
         self._cost = Cost(counted.macs if counted else None, parameter_count(self.model))
         self._static: dict[str, LayerPlan] = {}
         self.options: dict[str, list[Option]] = {}
@@ -86,11 +88,14 @@ class Planner:
             self._static[layer.name] = _entry(layer.name, layer.module, row, reason)
         for skip in selection.skipped:
             self._static[skip.name] = _entry(skip.name, skip.module, costs.get(skip.name), skip.reason)
-        flat = {(o.layer.name, o.scheme.name): (o.layer.module, o.scheme) for o in self._flat()}
+        flat = {key: (o.layer.module, o.scheme) for key, o in self._flat().items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, flat, calibration)
         if not self.options:
             why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
+        self.choices(
+            {key: torch.ones(1, o.full_rank, device="cpu") for key, o in self._flat().items()}
+        )  # raises if unreachable
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -101,31 +106,38 @@ class Planner:
     def bases(self) -> Bases:
         """Factor the present weights, every layer under every scheme it may get."""
         stacks = {
-            (o.layer.name, o.scheme.name): o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight"))
-            for o in self._flat()
+            key: o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight")) for key, o in self._flat().items()
         }
         for key, white in self._whitenings.items():
             stacks[key] = white.apply(stacks[key])
         return dict(zip(stacks, linalg.bases(list(stacks.values()), [name for name, _ in stacks]), strict=True))
 
-    def _flat(self) -> list[Option]:
-        return [option for options in self.options.values() for option in options]
+    def _flat(self) -> dict[tuple[str, str], Option]:
+        return {(o.layer.name, o.scheme.name): o for options in self.options.values() for o in options}
 
     def plan(self, bases: Bases, rule: RankRule | None = None) -> Plan:
         """Let the rule (or another one in its place) choose, given the bases of the present weights."""
-        rule = rule or self.rule
-        candidates = {
-            name: [
-                Candidate(o.scheme.name, bases[name, o.scheme.name].values.cpu(), o.unit, o.dense, self.round_to)
-                for o in options
-            ]
-            for name, options in self.options.items()
-        }
-        choices = rule.choose(candidates, self._cost)
+        candidates, choices = self.choices({key: basis.values for key, basis in bases.items()}, rule)
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         order = [name for name, _ in self.model.named_modules() if name in self._static]
         entries = tuple(decided.get(name, self._static[name]) for name in order)
-        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule))
+        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule), self._uncounted)
+
+    def choices(
+        self, spectra: Mapping[tuple[str, str], Tensor], rule: RankRule | None = None
+    ) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
+        """What the rule says to these singular values, (stack, k) by (layer, scheme), and the candidates it saw.
+
+        Raises:
+            RankPruneError: if the rule cannot be met, whatever the spectra.
+        """
+        candidates = {
+            name: [
+                Candidate(o.scheme.name, spectra[name, o.scheme.name].cpu(), o.unit, o.dense, self.round_to) for o in options
+            ]
+            for name, options in self.options.items()
+        }
+        return candidates, (rule or self.rule).choose(candidates, self._cost)
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self._static[name]
@@ -180,12 +192,14 @@ def make_plan(
 def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
     pair = scheme.empty_pair(layer.module, 1).to("meta")
     unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.get_parameter("weight").numel() for half in pair))
-    return Option(layer, scheme, unit, Cost(row.macs if row else None, layer.module.get_parameter("weight").numel()))
+    weight = layer.module.get_parameter("weight")
+    matrices = scheme.to_matrices(layer.module, torch.empty_like(weight, device="meta"))
+    return Option(layer, scheme, unit, Cost(row.macs if row else None, weight.numel()), min(matrices.shape[1:]))
 
 
 def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:
     """The plan's entry of a module that stays as it is."""
-    weight = module._parameters.get("weight")
+    weight = own_weight(module)
     params = parameter_count(module, recurse=False)
     macs = row.macs if row else None
     return LayerPlan(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.errors import RankPruneError
-from rankprune.layers import unwrap
+from rankprune.layers import own_weight, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import Plan
 from rankprune.schemes import SCHEMES
@@ -25,7 +25,7 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         module = modules.get(name)
         if module is None:
             raise RankPruneError(f"the plan names a layer {name!r}, which this {type(model).__name__} does not have")
-        weight = module._parameters.get("weight")
+        weight = own_weight(module)
         shape = None if weight is None else tuple(weight.shape)
         if type(module).__name__ != entry.kind or shape != entry.shape:
             raise RankPruneError(
@@ -52,6 +52,8 @@ def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]
 def planned_matrices(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Tensor]:
     """The weight of every layer that the plan decomposes as its stack of matrices, by (layer, scheme)."""
     entries = [(module, plan.decomposed[name]) for name, module in planned_modules(model, plan).items()]
+    if meta := [e.name for module, e in entries if module.get_parameter("weight").is_meta]:
+        raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
     return {
         (e.name, e.scheme or ""): SCHEMES[e.scheme or ""].to_matrices(module, module.get_parameter("weight").detach())
         for module, e in entries

@@ -32,8 +32,8 @@ class TRP:
         scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"``.
         rule: decides the ranks at every projection, like ``Energy(keep=0.98)`` or ``Budget(macs=0.4)``.
         every: optimizer steps from one projection to the next, m in the paper.
-        nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added to the gradient right before a step. Like
-            weight decay in SGD it comes after clipping and is scaled by the learning rate.
+        nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added to the gradient of every considered layer
+            right before a step. Like weight decay in SGD it comes after clipping and is scaled by the learning rate.
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
@@ -72,10 +72,14 @@ class TRP:
             raise RankPruneError(f"nuclear={nuclear}: give a weight of at least 0, like 3e-4")
         if nuclear_cadence not in ("step", "projection"):
             raise RankPruneError(f"nuclear_cadence={nuclear_cadence!r}: choose 'step' or 'projection'")
-        if ramp < 0 or (freeze is not None and freeze < ramp):
-            raise RankPruneError(f"ramp={ramp}, freeze={freeze}: give ramp >= 0, and freeze no earlier than the ramp's end")
-        if ramp:
-            rule.relaxed(0.5)  # raises for a rule that cannot be annealed
+        if (
+            not isinstance(ramp, int)
+            or not isinstance(freeze, int | None)
+            or not 0 <= ramp <= (ramp if freeze is None else freeze)
+        ):
+            raise RankPruneError(
+                f"ramp={ramp}, freeze={freeze}: give whole numbers of steps, freeze no earlier than the ramp's end"
+            )
         self._planner = Planner(
             model,
             scheme=scheme,
@@ -85,6 +89,8 @@ class TRP:
             exclude=exclude,
             round_to=round_to,
         )
+        if ramp:
+            rule.relaxed(0.5)  # raises for a rule that cannot be annealed
         self.model = self._planner.model
         self.every, self.nuclear, self.nuclear_cadence = every, nuclear, nuclear_cadence
         self.ramp, self.freeze = ramp, freeze
@@ -93,6 +99,7 @@ class TRP:
         self.history: list[tuple[int, dict[str, int]]] = []
         self._projected_at: int | None = None
         self._annealed = True
+        self._versions: list[int] = []
         self._subgradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
@@ -103,9 +110,14 @@ class TRP:
         """Hook into `optimizer` and return self.
 
         Raises:
-            RankPruneError: if already attached, if another TRP is attached to this optimizer, or if the optimizer does not
-                hold the weights of the layers to be decomposed.
+            RankPruneError: if `optimizer` is none, if already attached, if another TRP is attached to this optimizer, or if the
+                optimizer does not hold the weights of the layers to be decomposed.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise RankPruneError(
+                f"attach() takes a torch.optim.Optimizer, not a {type(optimizer).__name__}; a wrapper holds one, "
+                "often as .optimizer"
+            )
         if self._handles:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
         if optimizer in _ATTACHED:
@@ -138,7 +150,11 @@ class TRP:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._subgradients or _overflowed(optimizer):
+        if _overflowed(optimizer):
+            return None
+        if self.nuclear and not self.history and self.nuclear_cadence == "step" and not self._subgradients:
+            self._subgradients = self._nuclear_terms(self._planner.bases())  # before the first projection
+        if not self._subgradients:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -159,11 +175,13 @@ class TRP:
     def _add_subgradients(self, optimizer: Optimizer) -> None:
         # A GradScaler leaves the gradients of fused optimizers scaled, and tells the scale here.
         scale = getattr(optimizer, "grad_scale", None)
+        ascending = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
         for name, subgradient in self._subgradients.items():
-            gradient = self._planner.layers[name].module.get_parameter("weight").grad
-            if gradient is not None:
-                term = subgradient.to(gradient.dtype)
-                gradient.add_(term if scale is None else term * scale.to(term.device), alpha=self.nuclear)
+            weight = self._planner.layers[name].module.get_parameter("weight")
+            if weight.grad is not None:
+                term = subgradient.to(weight.grad.dtype)
+                strength = -self.nuclear if id(weight) in ascending else self.nuclear
+                weight.grad.add_(term if scale is None else term * scale.to(term.device), alpha=strength)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _overflowed(optimizer):
@@ -190,8 +208,8 @@ class TRP:
             self._annealed = rule is not self._planner.rule
         project(self.model, self.plan, bases)
         if self.nuclear:
-            self._subgradients = self._nuclear_terms(self.plan, bases)
-        self._projected_at = self.steps
+            self._subgradients = self._nuclear_terms(bases)
+        self._projected_at, self._versions = self.steps, self._weight_versions()
         self.history.append((self.steps, self.plan.ranks))
         return self.plan
 
@@ -199,11 +217,12 @@ class TRP:
         progress = 1.0 if self.steps >= self.ramp else self.steps / self.ramp
         return self._planner.rule if progress == 1 else self._planner.rule.relaxed(1 - (1 - progress) ** 3)
 
-    def _nuclear_terms(self, plan: Plan, bases: Bases) -> dict[str, Tensor]:
-        """U V^T of each considered layer in the shape of its weight, from the spectra before the projection."""
+    def _nuclear_terms(self, bases: Bases) -> dict[str, Tensor]:
+        """U V^T of each considered layer in the shape of its weight; of a projected one, over the ranks it kept."""
         terms = {}
+        planned = {} if self.plan is None else self.plan.decomposed
         for name, options in self._planner.options.items():
-            entry = plan.decomposed.get(name)
+            entry = planned.get(name)
             option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
             module, scheme = option.layer.module, option.scheme
             matrices = scheme.to_matrices(module, module.get_parameter("weight").detach())
@@ -213,14 +232,19 @@ class TRP:
     def finalize(self) -> nn.Module:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
-        If the last step was itself followed by a projection in full, that one counts.
+        If the last step was itself followed by a projection in full, its ranks count.
         """
-        if self._projected_at != self.steps or self._annealed:
+        if self.plan is None or self._projected_at != self.steps or self._annealed:
             self.ramp = min(self.ramp, self.steps)
-            self.project()
+            self.plan = self.project()
+        elif self._versions != self._weight_versions():  # exchanged since, for those of an average, say
+            project(self.model, self.plan)
         self.detach()
-        assert self.plan is not None
         return decompose(self.model, self.plan)
+
+    def _weight_versions(self) -> list[int]:
+        """Counters that PyTorch raises whenever a weight is written to."""
+        return [layer.module.get_parameter("weight")._version for layer in self._planner.layers.values()]
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
@@ -229,6 +253,7 @@ class TRP:
         return {
             "steps": self.steps,
             "layers": self._shapes(),
+            "scheme": self._planner.scheme,
             "projected_at": self._projected_at,
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
@@ -248,12 +273,14 @@ class TRP:
         return chosen | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from state_dict(), bit for bit.
+        """Go on from state_dict(), bit for bit; the model's and the optimizer's states are loaded before.
 
         Raises:
             RankPruneError: if the state is of another model.
         """
-        here, there = self._shapes(), state["layers"]
+        here, there = self._shapes(), state.get("layers", {})
+        if state.get("scheme", self._planner.scheme) != self._planner.scheme:
+            raise RankPruneError(f"this state is of scheme {state['scheme']!r}, not {self._planner.scheme!r}")
         differing = [name for name in {**here, **there} if list(here.get(name, ())) != list(there.get(name, ()))]
         if differing:
             raise RankPruneError(
@@ -261,6 +288,7 @@ class TRP:
             )
         self.steps = state["steps"]
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
+        self._versions = self._weight_versions()
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._subgradients = {

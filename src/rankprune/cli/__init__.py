@@ -15,6 +15,6 @@ def main() -> None:
         sys.exit(str(MissingExtraError(error.name, "cli")))
     try:
         app()
-    except RankPruneError as error:
+    except (RankPruneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

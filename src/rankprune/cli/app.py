@@ -15,7 +15,6 @@ from rankprune.errors import RankPruneError
 from rankprune.export import export_onnx
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
-from rankprune.ranks import parse_rule
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.digits import demonstrate
@@ -24,6 +23,7 @@ from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.training import TrainConfig
 from rankprune.report.plots import plot_training
 from rankprune.report.tables import markdown_table, read_results, replace_between_marks
+from rankprune.rules import parse_rule
 
 app = typer.Typer(help="Train networks low-rank, decompose them exactly.", no_args_is_help=True, add_completion=False)
 bench = typer.Typer(help="Benchmarks: one file a run, one JSON a result.", no_args_is_help=True)
@@ -176,9 +176,10 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
 ) -> None:
     """Show which layers would be decomposed, at which rank, and what that saves."""
+    dense = build_model(model, checkpoint)
     made = make_plan(
-        build_model(model, checkpoint),
-        example_input(input),
+        dense,
+        example_input(input, dense),
         scheme=scheme,
         rule=parse_rule(rule),
         include=include,
@@ -206,7 +207,7 @@ def decompose(
 ) -> None:
     """Decompose a model and write the artefact."""
     dense = build_model(model, checkpoint)
-    x = None if input is None else example_input(input)
+    x = None if input is None else example_input(input, dense)
     made = (
         Plan.load(plan)
         if plan is not None
@@ -246,7 +247,8 @@ def count(
     time: Annotated[bool, typer.Option(help="Also measure milliseconds.")] = False,
 ) -> None:
     """Multiply-accumulates and parameters, per layer and in all."""
-    network, x = build_model(model, checkpoint, artefact), example_input(input)
+    network = build_model(model, checkpoint, artefact)
+    x = example_input(input, network)
     cost = count_cost(network, x)
     rows = [(r.name or "(model)", r.kind, f"{r.macs:,}", f"{r.params:,}") for r in cost.layers if r.macs or r.params]
     show_table(f"{model} on {input}", ["layer", "type", "MACs", "params"], rows)
@@ -270,7 +272,8 @@ def export(
     """Export a dense or decomposed model to ONNX and check that it computes the same."""
     if out.suffix != ".onnx":
         raise RankPruneError(f"--out {str(out)!r}: give a file that ends in .onnx")
-    difference = export_onnx(build_model(model, checkpoint, artefact), example_input(input), out, dynamic_batch=dynamic_batch)
+    network = build_model(model, checkpoint, artefact)
+    difference = export_onnx(network, example_input(input, network), out, dynamic_batch=dynamic_batch)
     say(f"{out}  ({out.stat().st_size:,} bytes, largest difference from PyTorch {difference:.1e})")
     if artefact is not None:
         say(f"{len(load_plan(artefact).decomposed)} layers decomposed")

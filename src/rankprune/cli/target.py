@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.checkpoint import load, load_exactly, read_tensors
+from rankprune.cost import undisturbed
 from rankprune.errors import RankPruneError
 
 
@@ -20,7 +21,7 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
         RankPruneError: if there is no such module or callable, it returns no model, or the file does not fit.
     """
     module_name, _, attribute = spec.partition(":")
-    if not attribute:
+    if not attribute or not module_name:
         raise RankPruneError(f"--model {spec!r}: write it as package.module:callable, like rankprune.recipes.resnet:resnet20")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -32,7 +33,12 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
         ) from error
     except AttributeError as error:
         raise RankPruneError(f"--model {spec!r}: {module_name!r} has no {attribute!r}") from error
-    model = build if isinstance(build, nn.Module) else build()
+    try:
+        model = build if isinstance(build, nn.Module) else build()
+    except Exception as error:
+        raise RankPruneError(
+            f"--model {spec!r} raised {type(error).__name__}: {error}; it is called without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise RankPruneError(f"--model {spec!r} gives a {type(model).__name__}, not a torch.nn.Module")
     if checkpoint is not None and artefact is not None:
@@ -44,12 +50,22 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
     return model.eval()
 
 
-def example_input(shape: str) -> Tensor:
+def example_input(shape: str, model: nn.Module) -> Tensor:
     """A tensor of random values of the shape in a text like ``1,3,32,32``; with ``int:`` before it, of integers 0 and 1.
 
     Raises:
-        RankPruneError: for anything else.
+        RankPruneError: for anything else, and if the model does not run on it.
     """
+    x = _random(shape)
+    try:
+        with undisturbed(model):
+            model(x)
+    except Exception as error:
+        raise RankPruneError(f"the model does not run on --input {shape} ({type(error).__name__}: {error})") from error
+    return x
+
+
+def _random(shape: str) -> Tensor:
     numbers = shape.removeprefix("int:")
     try:
         sizes = [int(n) for n in numbers.replace("x", ",").split(",")]

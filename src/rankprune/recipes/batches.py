@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankprune.errors import RankPruneError
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 
 
@@ -47,6 +48,8 @@ class TrainBatches:
         normalize: Normalize | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if batch < 1:
+            raise RankPruneError(f"batch={batch}: give at least one image a batch")
         self.pad, self.flip = pad, flip
         self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(device)
         self.labels = data.labels.to(device)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankprune.budget import Budget
 from rankprune.cost import count, measure_together
 from rankprune.decompose import decompose
 from rankprune.errors import MissingExtraError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
-from rankprune.ranks import Budget
 from rankprune.recipes.batches import Normalize, TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import ImageSet

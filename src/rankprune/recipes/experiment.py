@@ -23,12 +23,12 @@ from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
-from rankprune.ranks import parse_rule
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import ImageSet, load_images
 from rankprune.recipes.resnet import resnet
 from rankprune.recipes.training import EpochLog, Progress, TrainConfig, train
+from rankprune.rules import parse_rule
 from rankprune.trp import TRP
 
 Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finetune"]
@@ -45,6 +45,11 @@ class TrpConfig:
     nuclear_cadence: Literal["step", "projection"] = "step"
     ramp: float = 0.5
     freeze: float | None = None
+
+    def __post_init__(self) -> None:
+        parse_rule(self.rule)
+        if not 0 <= self.ramp <= (1 if self.freeze is None else self.freeze) <= 1:
+            raise RankPruneError(f"ramp={self.ramp}, freeze={self.freeze}: give fractions of the training, freeze >= ramp")
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,10 @@ class Experiment:
                 f"method {self.method!r} with distill={self.training.distill} needs weights to start from: set start to "
                 "'run:NAME' or to a file"
             )
-        if self.method == "trp+nu" and not self.trp.nuclear:
-            raise RankPruneError("method 'trp+nu' needs a nuclear weight: set trp.nuclear, like 3e-4")
+        if (self.method == "trp+nu" and not self.trp.nuclear) or (self.method == "trp" and self.trp.nuclear):
+            raise RankPruneError(
+                f"method {self.method!r} with trp.nuclear={self.trp.nuclear}: 'trp+nu' needs a weight, like 3e-4, 'trp' has none"
+            )
 
     @classmethod
     def read(cls, path: str | Path) -> "Experiment":

@@ -4,7 +4,6 @@ Shortcuts are parameter-free (option A: subsample, pad the new channels with zer
 CIFAR checkpoints (``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``linear``), which therefore load unchanged.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,8 +90,3 @@ def resnet32() -> CifarResNet:
 def resnet56() -> CifarResNet:
     """ResNet-56, as a builder for ``--model``."""
     return resnet("resnet56")
-
-
-def example_input() -> Tensor:
-    """One CIFAR-sized image of zeros, (1, 3, 32, 32)."""
-    return torch.zeros(1, 3, 32, 32)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class TrainConfig:
             raise RankPruneError(f"epochs={self.epochs}: give 0 or more")
         if not self.lr > 0:
             raise RankPruneError(f"lr={self.lr}: give a positive learning rate")
+        if self.precision not in get_args(Precision):
+            raise RankPruneError(f"precision={self.precision!r}: choose one of {', '.join(get_args(Precision))}")
         if not 0 <= self.distill <= 1 or not self.temperature > 0:
             raise RankPruneError(
                 f"distill={self.distill}, temperature={self.temperature}: give a weight from 0 to 1, and a positive temperature"

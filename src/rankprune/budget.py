@@ -1,0 +1,119 @@
+"""The global rank rule: the ranks of all layers that together lose least within a cost for the whole network."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.errors import RankPruneError
+from rankprune.ranks import Candidate, Choice, Cost, Metric, RankRule, is_share
+
+
+@dataclass(frozen=True)
+class Budget(RankRule):
+    """The ranks that lose least within a cost for the whole network.
+
+    `macs` or `params` is the fraction of the whole dense model that may remain, layers that stay dense included. Minimises the
+    sum over layers of the share of its energy that each loses, plus a multiplier times the cost, with one multiplier for all
+    layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks leave of the budget is
+    then spent on the steps that gain most per cost.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in (("macs", self.macs), ("params", self.params)) if v is not None}
+        if len(given) != 1:
+            raise RankPruneError("Budget needs exactly one of macs= and params=, like Budget(macs=0.4)")
+        for name, value in given.items():
+            if not is_share(value):
+                raise RankPruneError(f"Budget({name}={value}): give the fraction of the dense model that may remain, in (0, 1]")
+
+    @property
+    def metric(self) -> Metric:  # type: ignore[override]
+        """The cost the budget is in."""
+        return "params" if self.macs is None else "macs"
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the dense model's cost that may remain."""
+        return self.macs if self.macs is not None else self.params or 1.0
+
+    def relaxed(self, progress: float) -> "Budget":
+        return replace(self, **{self.metric: 1 - (1 - self.fraction) * progress})
+
+    def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
+        options = {name: _options(candidates, self.metric) for name, candidates in layers.items()}
+        whole = network.of(self.metric)
+        untouched = whole - sum(candidates[0].dense.of(self.metric) for candidates in layers.values())
+        allowed = math.floor(self.fraction * whole + 1e-6) - untouched  # 0.29 of 100 is 29, also in binary
+        least = sum(int(o.costs.min()) for o in options.values())
+        if least > allowed:
+            smallest = math.ceil(1e3 * (untouched + least) / whole) / 1e3
+            raise RankPruneError(
+                f"{self!r} cannot be met: with every layer at its least rank {smallest:.3f} of the {self.metric} remain; raise "
+                "the budget, or include more layers (include=['*'] takes every layer)"
+            )
+        picks = _least_error(list(options.values()), allowed)
+        return {name: o.choices(pick) for (name, o), pick in zip(options.items(), picks, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Every allowed decision for one layer: costs and errors, both (options,), "stay dense" last."""
+
+    costs: Tensor
+    errors: Tensor
+    schemes: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+    def choices(self, pick: int) -> Choice:
+        if pick == len(self.ranks):
+            return Choice(reason="it stays dense: the budget has room for it, or no rank is cheaper")
+        return Choice(self.schemes[pick], self.ranks[pick])
+
+
+def _options(candidates: Sequence[Candidate], metric: Metric) -> _Options:
+    dense = candidates[0].dense.of(metric)
+    costs, errors, schemes, ranks = [], [], [], []
+    for c in candidates:
+        affordable = min(c.full_rank, (dense - 1) // max(c.unit.of(metric), 1))
+        allowed = list(range(c.round_to, affordable + 1, c.round_to))
+        if c.full_rank == affordable and affordable % c.round_to:
+            allowed.append(affordable)
+        costs.append(torch.tensor(allowed, dtype=torch.float64, device="cpu") * c.unit.of(metric))
+        errors.append(c.errors().cpu()[allowed])
+        schemes += [c.scheme] * len(allowed)
+        ranks += allowed
+    end = torch.tensor([dense, 0.0], dtype=torch.float64, device="cpu")
+    return _Options(torch.cat([*costs, end[:1]]), torch.cat([*errors, end[1:]]), tuple(schemes), tuple(ranks))
+
+
+def _least_error(options: Sequence[_Options], allowed: int) -> list[int]:
+    """The index of one option per layer, with the least total error at a total cost of at most `allowed`."""
+    costs = nn.utils.rnn.pad_sequence([o.costs for o in options], batch_first=True, padding_value=math.inf)
+    errors = nn.utils.rnn.pad_sequence([o.errors for o in options], batch_first=True, padding_value=math.inf)
+
+    def total(picks: Tensor) -> float:
+        return float(costs.gather(1, picks[:, None]).sum())
+
+    low, high = 1e-30, 1.0  # error per unit of cost; at 1 a single unit outweighs all of a layer's energy
+    picks = costs.argmin(1)
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        trial = (errors + middle * costs).argmin(1)
+        if total(trial) <= allowed:
+            picks, high = trial, middle
+        else:
+            low = middle
+    while True:  # spend what is left: the change that gains most error per cost and still fits, until none does
+        gain = errors.gather(1, picks[:, None]) - errors
+        step = costs - costs.gather(1, picks[:, None])
+        rate = torch.where((gain > 0) & (step <= allowed - total(picks)), gain / step.clamp(min=1e-9), 0.0)
+        best = int(rate.argmax())
+        if rate.view(-1)[best] <= 0:
+            return picks.tolist()
+        picks[best // rate.shape[1]] = best % rate.shape[1]

@@ -1,0 +1,222 @@
+"""What a sceptical user tried on the library: strange models, exchanged weights, misused arguments."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(X).square().mean().backward()
+    optimizer.step()
+
+
+def test_the_newer_precision_setting_does_no_harm():
+    plan = rp.make_plan(network(), rule=rp.FixedRank(2))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert rp.make_plan(network(), rule=rp.FixedRank(2)).ranks == plan.ranks
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_one_pattern_may_be_a_plain_string():
+    assert rp.make_plan(network(), rule=rp.FixedRank(2), include="2*").ranks == {"2": 2}
+    assert rp.make_plan(network(), rule=rp.FixedRank(2), exclude="2*").ranks == {"0": 2}
+
+
+def test_finalize_decomposes_the_weights_that_are_there():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.TRP(model, rule=rp.FixedRank(3), every=1).attach(optimizer)
+    step(model, optimizer)
+    averaged = network()
+    model.load_state_dict(averaged.state_dict())  # as one does with the weights of an average, or of the best epoch
+    small = trp.finalize()
+    assert (small(X) - model(X)).abs().max() < 1e-5
+    assert not torch.equal(model[2].weight, averaged[2].weight)
+
+
+def test_a_budget_out_of_reach_is_told_before_the_training():
+    with pytest.raises(rp.RankPruneError, match=r"Budget\(macs=0.01.* cannot be met"):
+        rp.TRP(network(), rule=rp.Budget(macs=0.01), ramp=1000, example_inputs=X)
+
+
+@pytest.mark.parametrize("every", [1, 5, 100])
+def test_the_nuclear_term_does_not_depend_on_the_period(every: int):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rp.TRP(model, rule=rp.Energy(1.0), every=every, nuclear=0.1).attach(optimizer)
+    before = torch.linalg.svdvals(model[2].weight.detach()).sum()
+    for _ in range(20):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    after = torch.linalg.svdvals(model[2].weight.detach()).sum()
+    assert float(before - after) == pytest.approx(20 * 0.01 * 0.1 * 32, rel=0.1)  # the least values overshoot zero
+
+
+def test_the_nuclear_term_shrinks_also_where_the_optimizer_ascends():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, maximize=True)
+    rp.TRP(model, rule=rp.Energy(1.0), nuclear=1.0).attach(optimizer)
+    before = torch.linalg.svdvals(model[2].weight.detach()).sum()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.linalg.svdvals(model[2].weight.detach()).sum() < before
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.register_buffer("scale", torch.ones(1).expand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * self.scale)
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.table = network(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 16)
+        if "late" not in self._buffers:
+            self.register_buffer("late", torch.ones(16))
+        return self.body(x * self.table * self.late)
+
+
+def test_a_buffer_that_cannot_be_written_to(tmp_path):
+    model = Expanded()
+    plan = rp.make_plan(model, X, rule=rp.FixedRank(2))
+    small = rp.decompose(model, plan)
+    rp.save(tmp_path, small, plan)
+    assert torch.equal(rp.load(tmp_path, Expanded())(X), small(X))
+
+
+def test_what_a_model_caches_while_it_is_measured_serves_training():
+    model = Caching()
+    keys = model.state_dict().keys()
+    rp.measure(model, X, runs=1, warmup=0)
+    rp.count(model, X)
+    assert model.state_dict().keys() == keys
+    model(X).sum().backward()
+    assert model.body[0].weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_child_is_skipped():
+    model = network()
+    model[2] = torch.jit.script(model[2])
+    assert "2" not in rp.make_plan(model, rule=rp.FixedRank(2)).ranks
+
+
+def test_another_default_device_does_no_harm():
+    model, rule = network(), rp.Budget(macs=0.6)
+    expected = rp.make_plan(model, X, rule=rule).ranks
+    with torch.device("meta"):
+        assert rp.make_plan(model, X, rule=rule).ranks == expected
+
+
+class Stubborn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def __deepcopy__(self, memo: dict) -> "Stubborn":
+        return Stubborn()
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.kept = network(), [torch.ones(1, requires_grad=True) * 2]
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Stubborn, "__deepcopy__ of this Stubborn"), (Locked, "cannot be copied")])
+def test_a_model_that_cannot_be_copied_says_so(kind: Callable, message: str):
+    model = kind()
+    with pytest.raises(rp.RankPruneError, match=message):
+        rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2)))
+
+
+def test_a_state_of_another_scheme_or_none_is_refused():
+    def convolutions() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+
+    state = rp.TRP(convolutions(), rule=rp.Energy(0.9), scheme="spatial").state_dict()
+    with pytest.raises(rp.RankPruneError, match="scheme 'spatial'"):
+        rp.TRP(convolutions(), rule=rp.Energy(0.9), scheme="channel").load_state_dict(state)
+    with pytest.raises(rp.RankPruneError, match="another model"):
+        rp.TRP(convolutions(), rule=rp.Energy(0.9)).load_state_dict({})
+
+
+def test_an_artefact_of_another_geometry_is_refused(tmp_path):
+    def convolutions(padding: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=padding))
+
+    plan = rp.make_plan(convolutions(1), rule=rp.FixedRank(2), scheme="spatial")
+    rp.save(tmp_path, rp.decompose(convolutions(1), plan), plan)
+    with pytest.raises(rp.CheckpointError, match=r"another architecture.*padding"):
+        rp.load(tmp_path, convolutions(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{"ramp": 0.5}, {"freeze": 0.5}, {"ramp": 10, "freeze": 5}, {"rule": 0.5, "ramp": 10}], ids=str
+)
+def test_misused_arguments_of_trp(options: dict):
+    with pytest.raises(rp.RankPruneError, match=r"ramp=|is not a rank rule"):
+        rp.TRP(network(), **{"rule": rp.Energy(0.9), **options})
+
+
+def test_attaching_to_something_else_says_what_is_wanted():
+    model = network()
+    with pytest.raises(rp.RankPruneError, match=r"takes a torch\.optim.Optimizer, not a Sequential"):
+        rp.TRP(model, rule=rp.Energy(0.9)).attach(model)
+
+
+def test_what_could_not_be_counted_is_in_the_plan():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.body = nn.LSTM(16, 16), network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.cell(x)[0])
+
+    model = Recurrent()
+    plan = rp.make_plan(model, X, rule=rp.Budget(macs=0.7))
+    if rp.count(model, X).uncounted:
+        assert plan.uncounted == ("cell",)
+        assert "MACs not counted: cell" in str(plan)
+    assert rp.Plan.from_json(plan.to_json()) == plan
+
+
+def test_an_edited_plan_decomposes_but_is_not_saved_as_what_it_is_not(tmp_path):
+    model = network()
+    plan = rp.Plan.from_json(rp.make_plan(model, rule=rp.FixedRank(2)).to_json().replace('"rank": 2', '"rank": 3'))
+    small = rp.decompose(copy.deepcopy(model), plan)
+    assert small[2][0].out_features == 3
+    with pytest.raises(rp.CheckpointError, match="with that very plan"):
+        rp.save(tmp_path, small, plan)
