@@ -85,7 +85,7 @@ class Experiment:
             )
         if (self.method == "trp+nu" and not self.trp.nuclear) or (self.method == "trp" and self.trp.nuclear):
             raise RankPruneError(
-                f"method {self.method!r} with trp.nuclear={self.trp.nuclear}: 'trp+nu' needs a weight, like 3e-4, 'trp' has none"
+                f"method {self.method!r} with trp.nuclear={self.trp.nuclear}: 'trp+nu' needs one, like 3e-4, 'trp' has none"
             )
 
     @classmethod
