@@ -93,6 +93,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
