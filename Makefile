@@ -15,7 +15,7 @@ check: .venv/ready
 	$(BIN)/pyright
 
 test: .venv/ready
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 # two workers of one thread each: more threads than cores crawl
 
 test-slow: .venv/ready
 	$(BIN)/pytest -n 0 -m slow
