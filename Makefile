@@ -14,8 +14,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Two workers of one thread each: more threads than cores would crawl.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 # two workers of one thread each: more threads than cores crawl
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: .venv/ready
 	$(BIN)/pytest -n 0 -m slow
