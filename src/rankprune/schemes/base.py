@@ -90,9 +90,11 @@ class Scheme(ABC, Generic[L]):
         return pair
 
 
-def not_a_convolution(layer: nn.Module) -> str | None:
-    """The reason why a scheme for convolutions cannot express `layer`, if it is something else."""
-    return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
+class ConvolutionScheme(Scheme[Convolution]):
+    """A scheme for convolutions and transposed convolutions of any dimension."""
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
 
 
 def to_grouped(layer: Convolution, weight: Tensor) -> Tensor:

@@ -2,26 +2,14 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import (
-    Convolution,
-    Scheme,
-    conv_like,
-    from_grouped,
-    kernel_axes,
-    not_a_convolution,
-    patches,
-    to_grouped,
-)
+from rankprune.schemes.base import Convolution, ConvolutionScheme, conv_like, from_grouped, kernel_axes, patches, to_grouped
 
 
-class Channel(Scheme[Convolution]):
+class Channel(ConvolutionScheme):
     """One matrix (n/g, c/g * k1 * ... * kd) per group."""
 
     name = "channel"
     input_on_rows = False
-
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return not_a_convolution(layer)
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
         return patches(layer, x, kernel_axes(layer))

@@ -2,29 +2,18 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import (
-    Convolution,
-    Scheme,
-    conv_like,
-    from_grouped,
-    kernel_axes,
-    not_a_convolution,
-    patches,
-    to_grouped,
-)
+from rankprune.schemes.base import Convolution, ConvolutionScheme, conv_like, from_grouped, kernel_axes, patches, to_grouped
 
 
-class Decoupled(Scheme[Convolution]):
+class Decoupled(ConvolutionScheme):
     """n matrices (c/g, k1 * ... * kd), one per output channel; the sum over r is done by the second, grouped layer."""
 
     name = "decoupled"
     input_on_rows = True
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        if reason := not_a_convolution(layer):
-            return reason
         pointwise = isinstance(layer, Convolution) and set(layer.kernel_size) == {1}
-        return "a pointwise kernel has nothing to decouple" if pointwise else None
+        return super().unsupported(layer) or ("a pointwise kernel has nothing to decouple" if pointwise else None)
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
         found = patches(layer, x, kernel_axes(layer)[:0])

@@ -2,19 +2,10 @@
 
 from torch import Tensor, nn
 
-from rankprune.schemes.base import (
-    Convolution,
-    Scheme,
-    conv_like,
-    from_grouped,
-    kernel_axes,
-    not_a_convolution,
-    patches,
-    to_grouped,
-)
+from rankprune.schemes.base import Convolution, ConvolutionScheme, conv_like, from_grouped, kernel_axes, patches, to_grouped
 
 
-class Spatial(Scheme[Convolution]):
+class Spatial(ConvolutionScheme):
     """One matrix (c/g * k1, n/g * k2 * ... * kd) per group: the first kernel axis is split from all others.
 
     In one dimension there is nothing else to split from: the second layer is then pointwise.
@@ -22,9 +13,6 @@ class Spatial(Scheme[Convolution]):
 
     name = "spatial"
     input_on_rows = True
-
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return not_a_convolution(layer)
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
         return patches(layer, x, kernel_axes(layer)[:1])
