@@ -45,18 +45,18 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     )
     """
     model = unwrap(model)
-    modules, stacks = planned_modules(model, plan), planned_matrices(model, plan)
+    modules = planned_modules(model, plan)
+    stacks = planned_matrices(modules, plan)
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in stacks}
     whites = {} if calibration is None else whitenings(model, layers, calibration)
     for key, white in whites.items():
         stacks[key] = white.apply(stacks[key])
-    bases = linalg.bases(list(stacks.values()), [name for name, _ in stacks])
     pairs = {}
-    for (key, stack), basis in zip(stacks.items(), bases, strict=True):
+    for key, basis in linalg.bases_by_layer(stacks).items():
         module, scheme = layers[key]
-        left, right = linalg.factors(stack, basis, plan.decomposed[key[0]].rank or 1)
+        left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
         pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
-    return _with_pairs(model, plan, pairs)
+    return _with_pairs(model, modules, pairs)
 
 
 def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
@@ -66,16 +66,15 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         RankPruneError: if the plan does not fit the model.
     """
     model = unwrap(model)
-    pairs = {}
-    for name, module in planned_modules(model, plan).items():
+    modules, pairs = planned_modules(model, plan), {}
+    for name, module in modules.items():
         entry = plan.decomposed[name]
         pairs[name] = SCHEMES[entry.scheme or ""].pair_like(module, entry.rank or 1)
-    return _with_pairs(model, plan, pairs)
+    return _with_pairs(model, modules, pairs)
 
 
-def _with_pairs(model: nn.Module, plan: Plan, pairs: Mapping[str, nn.Module]) -> nn.Module:
+def _with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy of the model with each planned layer's pair wherever the layer was referred to, also twice."""
-    modules = planned_modules(model, plan)
     memo: dict[int, Any] = {id(modules[name]): pair for name, pair in pairs.items()}
     for module in model.modules():  # weight_norm and the like keep a computed weight, which deepcopy refuses
         for value in module.__dict__.values():
@@ -85,7 +84,8 @@ def _with_pairs(model: nn.Module, plan: Plan, pairs: Mapping[str, nn.Module]) ->
         small = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise RankPruneError(f"this {type(model).__name__} cannot be copied by copy.deepcopy ({error})") from error
-    missing = [name for name, pair in pairs.items() if dict(small.named_modules()).get(name) is not pair]
+    copied = dict(small.named_modules())
+    missing = [name for name, pair in pairs.items() if copied.get(name) is not pair]
     if missing:
         raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
     for module in small.modules():  # keep these off their fast paths, which read linear1.weight

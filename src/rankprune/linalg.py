@@ -10,7 +10,7 @@ touches.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,11 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
         for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
             found[i] = Basis(q, v, on_rows)
     return [found[i] for i in range(len(stacks))]
+
+
+def bases_by_layer(stacks: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Basis]:
+    """As bases, for stacks by (layer name, scheme name)."""
+    return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks]), strict=True))
 
 
 def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:

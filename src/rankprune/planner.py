@@ -88,14 +88,13 @@ class Planner:
             self._static[layer.name] = _entry(layer.name, layer.module, row, reason)
         for skip in selection.skipped:
             self._static[skip.name] = _entry(skip.name, skip.module, costs.get(skip.name), skip.reason)
-        flat = {key: (o.layer.module, o.scheme) for key, o in self._flat().items()}
-        self._whitenings = {} if calibration is None else whitenings(self.model, flat, calibration)
         if not self.options:
             why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
-        self.choices(
-            {key: torch.ones(1, o.full_rank, device="cpu") for key, o in self._flat().items()}
-        )  # raises if unreachable
+        flat = self._flat()
+        self.choices({key: torch.ones(1, o.full_rank, device="cpu") for key, o in flat.items()})  # raises if unreachable
+        layers = {key: (o.layer.module, o.scheme) for key, o in flat.items()}
+        self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -110,7 +109,7 @@ class Planner:
         }
         for key, white in self._whitenings.items():
             stacks[key] = white.apply(stacks[key])
-        return dict(zip(stacks, linalg.bases(list(stacks.values()), [name for name, _ in stacks]), strict=True))
+        return linalg.bases_by_layer(stacks)
 
     def _flat(self) -> dict[tuple[str, str], Option]:
         return {(o.layer.name, o.scheme.name): o for options in self.options.values() for o in options}

@@ -45,13 +45,12 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]:
     """The basis of every layer that the plan decomposes, under its planned scheme."""
-    stacks = planned_matrices(model, plan)
-    return dict(zip(stacks, linalg.bases(list(stacks.values()), [name for name, _ in stacks]), strict=True))
+    return linalg.bases_by_layer(planned_matrices(planned_modules(model, plan), plan))
 
 
-def planned_matrices(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Tensor]:
-    """The weight of every layer that the plan decomposes as its stack of matrices, by (layer, scheme)."""
-    entries = [(module, plan.decomposed[name]) for name, module in planned_modules(model, plan).items()]
+def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> dict[tuple[str, str], Tensor]:
+    """The weight of every one of the planned modules as its stack of matrices, by (layer, scheme)."""
+    entries = [(module, plan.decomposed[name]) for name, module in modules.items()]
     if meta := [e.name for module, e in entries if module.get_parameter("weight").is_meta]:
         raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
     return {
@@ -75,7 +74,7 @@ def project(model: nn.Module, plan: Plan, bases: Mapping[tuple[str, str], Basis]
     """
     model = unwrap(model)
     modules = planned_modules(model, plan)
-    bases = factor_planned(model, plan) if bases is None else bases
+    bases = linalg.bases_by_layer(planned_matrices(modules, plan)) if bases is None else bases
     for name, entry in plan.decomposed.items():
         module, scheme = modules[name], SCHEMES[entry.scheme or ""]
         weight = module.get_parameter("weight")
