@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow bench clean
+.PHONY: demo check test test-slow bench bench-cifar clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -21,9 +21,20 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/pytest -n 0 -m slow
 
-bench: .venv/ready
-	for name in resnet20-dense resnet20-trp-spatial resnet20-decompose-spatial; do \
-		$(BIN)/rankprune bench run benchmarks/experiments/$$name.toml || exit 1; done
+# The CIFAR-10 table: one command a row, dense networks first, for others build on them. Days on two cores; a killed run goes on.
+RUN := $(BIN)/rankprune bench run benchmarks/experiments
+SEEDED := resnet20-dense resnet20-trp-spatial-nu resnet20-trp-channel-nu resnet20-trp-decoupled-nu $(foreach row,spatial-2.17x \
+	spatial-2.84x channel-2.17x spatial-4x,resnet20-ours-$(row) resnet20-ours-$(row)-distilled)
+ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/*.toml)))
+ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense,$(ROWS))
+
+bench-cifar: .venv/ready
+	for row in $(ORDERED); do $(RUN)/$$row.toml || exit 1; done
+	for row in $(SEEDED); do for seed in 1 2; do $(RUN)/$$row.toml --seed $$seed || exit 1; done; done
+	$(BIN)/rankprune report --into README.md --plots docs/plots
+
+bench: bench-cifar
+	$(BIN)/python benchmarks/overhead.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

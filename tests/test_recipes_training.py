@@ -305,6 +305,7 @@ ALWAYS = {
 }
 DECOMPOSED = {
     *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_batch", "ms_spread", "ranks"),
+    "spectra",
 }
 TINY = Experiment("tiny", dataset="tiny", batch=16, training=TrainConfig(epochs=1, lr=0.02, compile=False))
 
@@ -319,13 +320,14 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         replace(TINY, name="tuned", method="decompose+finetune", start="run:dense"),
         replace(TINY, name="ours", method="ours", start="run:dense", training=replace(TINY.training, distill=0.7), trp=pruned),
     ]
+    experiments[-1] = replace(experiments[-1], teacher="run:trp", reference="run:dense")
     results = {e.name: run(e, folders) for e in experiments}
     test = load_images(folders.data / "tiny", "test")
     for e in experiments:
         result = results[e.name]
         saved = json.loads(write(result, tmp_path / "results").read_text())
         assert saved == json.loads(json.dumps(result))
-        extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED
+        extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
         assert saved.keys() == ALWAYS | extra
         assert (saved["name"], saved["method"]) == (e.name, e.method)
         assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
@@ -337,6 +339,11 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
             assert saved["macs"] > 0.98 * saved["macs_dense"] / 2.2
     assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
     assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
+    assert results["ours"]["top1_dense"] == results["dense"]["top1_dense"]
+    for name, ranks in results["trp"]["ranks"].items():
+        before, after = (results["trp"]["spectra"][when][name] for when in ("before", "after"))
+        assert before[0] == after[0] == 1.0
+        assert before[ranks] > 1e-3 > 1e-5 > after[ranks], "the tail is gone"
     dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
     assert all(torch.equal(dense[name], plain[name]) for name in dense)
     assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
@@ -385,6 +392,23 @@ def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Folders.from_environment("r") == Folders(tmp_path / "d", tmp_path / "models", Path("r"))
     (tmp_path / "d" / "models").mkdir(parents=True)
     assert Folders.from_environment().models == tmp_path / "d" / "models"
+
+
+def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
+    e = replace(
+        TINY,
+        method="ours",
+        start="file.th",
+        teacher="run:dense",
+        reference="run:dense",
+        training=replace(TINY.training, distill=0.5),
+    )
+    assert e.with_seed(0) is e
+    other = e.with_seed(2)
+    assert (other.name, other.start, other.teacher, other.training.seed) == ("tiny-seed2", "file.th", "run:dense-seed2", 2)
+    assert other.reference == "run:dense-seed2"
+    with pytest.raises(rp.RankPruneError, match="teaches nothing"):
+        replace(e, training=TINY.training)
 
 
 def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:

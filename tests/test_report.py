@@ -5,7 +5,8 @@ import pytest
 from torch import nn
 
 import rankprune as rp
-from rankprune.report.plots import plot_training
+from rankprune.projection import planned_spectra
+from rankprune.report.plots import plot_results, plot_training
 from rankprune.report.tables import BEGIN, END, markdown_table, read_results, replace_between_marks
 
 ROOT = Path(__file__).parent.parent
@@ -13,11 +14,18 @@ ROOT = Path(__file__).parent.parent
 
 def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
     base = {"name": f"{method}{seed}", "model": "resnet20", "dataset": "cifar10", "method": method, "scheme": "spatial"}
-    base |= {"epochs": 10, "seed": seed, "test_split": "test", "config": {}, "macs_dense": 1000, "params_dense": 100}
+    base |= {
+        "epochs": 10,
+        "seed": seed,
+        "test_split": "test",
+        "config": {"start": "a"},
+        "macs_dense": 1000,
+        "params_dense": 100,
+    }
     if method == "dense":
         return {**base, "scheme": None, "top1_dense": top1, **more}
     costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0}
-    return {**base, **costs, "top1_before_decomposition": 90.0, "top1": top1, **more}
+    return {**base, **costs, "top1_dense": 90.0, "top1_before_decomposition": top1, "top1": top1, **more}
 
 
 def test_rows_hold_mean_spread_drop_and_ratios():
@@ -28,13 +36,28 @@ def test_rows_hold_mean_spread_drop_and_ratios():
     assert "| 88.50 ± 0.71 | 1.50 ± 0.71 | 400 | 2.50x | 50 | 2.00x | 5.0 | 2.00x |" in trp
 
 
-def test_a_drop_is_taken_only_from_dense_rows_of_equal_training():
-    table = markdown_table([result("trp", 88.0), result("dense", 95.0, epochs=20)])
-    assert "| 88.00 |  | 400 |" in table
+def test_a_row_without_a_reference_has_no_drop():
+    alone = result("trp", 88.0)
+    del alone["top1_dense"]
+    assert "| 88.00 |  | 400 |" in markdown_table([alone])
 
 
-def test_plain_decomposition_drops_from_the_network_it_decomposed():
-    assert "| 60.00 | 30.00 |" in markdown_table([result("decompose", 60.0), result("dense", 95.0)])
+def test_rows_differ_by_what_they_had_help_from():
+    taught = {"start": "a", "training": {"distill": 0.7, "seed": 3}}
+    table = markdown_table([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)])
+    assert [row.split(" | ")[1] for row in table.splitlines()[2:]] == ["ours", "ours distilled"]
+    assert "ours from scratch" in markdown_table([result("ours", 80.0, config={})])
+
+
+def test_pictures_of_results(tmp_path):
+    spectra = {"before": {"a": [1.0, 0.5]}, "after": {"a": [1.0, 0.0]}}
+    log = [{"epoch": 0, "ranks": {}}, {"epoch": 1, "ranks": {"a": 1}}]
+    results = [result("dense", 90.0), result("trp", 88.0, spectra=spectra, log=log), result("decompose", 60.0, macs=500)]
+    files = plot_results(tmp_path, results)
+    assert [file.name for file in files] == ["accuracy.svg", "trp0.svg"]
+    drawn = [file.read_text() for file in files]
+    assert all(text.startswith("<?xml") and len(text) > 5000 for text in drawn)
+    assert drawn == [file.read_text() for file in plot_results(tmp_path, results)], "the same results draw the same file"
 
 
 def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):
@@ -75,7 +98,8 @@ def test_a_picture_is_drawn(tmp_path):
     plan = rp.make_plan(model, rule=rp.FixedRank(3))
     trained = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     rp.project(trained, plan)
-    plot_training(tmp_path / "spectra.png", plan, model, trained, [(1, {"0": 5, "1": 6}), (2, plan.ranks)])
+    before, after = planned_spectra(model, plan), planned_spectra(trained, plan)
+    plot_training(tmp_path / "spectra.png", before, after, [(1, {"0": 5, "1": 6}), (2, plan.ranks)])
     data = (tmp_path / "spectra.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 10_000

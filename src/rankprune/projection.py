@@ -48,6 +48,15 @@ def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]
     return linalg.bases_by_layer(planned_matrices(planned_modules(model, plan), plan))
 
 
+def planned_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
+    """The singular values of every planned layer relative to the largest, descending, over a stack their root mean square."""
+    spectra = {}
+    for (name, _), basis in factor_planned(model, plan).items():
+        values = basis.values.square().mean(0).sqrt()
+        spectra[name] = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).tolist()
+    return spectra
+
+
 def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> dict[tuple[str, str], Tensor]:
     """The weight of every one of the planned modules as its stack of matrices, by (layer, scheme)."""
     entries = [(module, plan.decomposed[name]) for name, module in modules.items()]

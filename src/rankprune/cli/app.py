@@ -15,13 +15,14 @@ from rankprune.errors import RankPruneError
 from rankprune.export import export_onnx
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
+from rankprune.projection import planned_spectra
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.digits import demonstrate
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.training import TrainConfig
-from rankprune.report.plots import plot_training
+from rankprune.report.plots import plot_results, plot_training
 from rankprune.report.tables import markdown_table, read_results, replace_between_marks
 from rankprune.rules import parse_rule
 
@@ -58,7 +59,8 @@ def demo(
     )
     save(out / "artefact", shown.small, shown.plan)
     shown.plan.save(out / "plan.json")
-    plot_training(out / "spectra.png", shown.plan, shown.dense, shown.trained, shown.history)
+    before, after = (planned_spectra(network, shown.plan) for network in (shown.dense, shown.trained))
+    plot_training(out / "spectra.png", before, after, shown.history)
     say(f"decomposed model  {out / 'artefact'}   (rankprune.load)")
     say(f"plan              {out / 'plan.json'}   ({len(shown.plan.decomposed)} layers decomposed)")
     say(f"spectra, ranks    {out / 'spectra.png'}")
@@ -153,14 +155,19 @@ def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: 
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("benchmarks/results"),
     into: Annotated[Path | None, typer.Option(help="Write the table between the marks in this Markdown file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw accuracy, spectra and ranks into this folder.")] = None,
 ) -> None:
-    """A Markdown table of all results."""
-    table = markdown_table(read_results(results))
+    """A Markdown table of all results, and pictures of them."""
+    found = read_results(results)
+    table = markdown_table(found)
     if into is None:
         say(table)
     else:
         into.write_text(replace_between_marks(into.read_text(), table))
         say(f"table  {into}")
+    if plots is not None:
+        for file in plot_results(plots, found):
+            say(f"plot   {file}")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """One experiment: a config in a TOML file or from the command line, one network trained and decomposed, one JSON."""
 
-import copy
 import datetime
 import json
 import os
@@ -23,6 +22,7 @@ from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
+from rankprune.projection import planned_spectra
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import ImageSet, load_images
@@ -58,11 +58,12 @@ class Experiment:
 
     Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP, and "ours" with TRP and what we add to it;
     "decompose" trains nothing and decomposes what it starts from, and "decompose+finetune" trains the decomposed network.
-    Distillation learns from the network the experiment starts from.
 
     `start` is where the weights come from: a file in the folder of pretrained models, or "run:NAME" for the dense weights that
-    experiment ended with, or nothing for a fresh network. `holdout` images of the training split are kept out of it and take
-    the place of the test split, for making choices.
+    experiment ended with, or nothing for a fresh network. `teacher` is where those of the network to distil from come from,
+    likewise; it is of the same architecture, and nothing stands for the network the experiment starts from. `reference` is
+    where those of the dense network to compare with come from, usually one trained as long. `holdout` images of the training
+    split are kept out of it and take the place of the test split, for making choices.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Experiment:
     model: str = "resnet20"
     dataset: str = "cifar10"
     start: str | None = None
+    teacher: str | None = None
+    reference: str | None = None
     batch: int = 128
     holdout: int = 0
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -78,11 +81,14 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise RankPruneError(f"method={self.method!r}: choose one of {', '.join(get_args(Method))}")
-        if not self.start and (self.method.startswith("decompose") or self.training.distill):
+        if not self.start and self.method.startswith("decompose"):
+            raise RankPruneError(f"method {self.method!r} needs weights to start from: set start to 'run:NAME' or to a file")
+        if self.training.distill and not (self.teacher or self.start):
             raise RankPruneError(
-                f"method {self.method!r} with distill={self.training.distill} needs weights to start from: set start to "
-                "'run:NAME' or to a file"
+                f"distill={self.training.distill} needs a teacher: set teacher or start to 'run:NAME' or to a file"
             )
+        if self.teacher and not self.training.distill:
+            raise RankPruneError(f"teacher={self.teacher!r} teaches nothing: set distill in [training], like 0.7")
         if (self.method == "trp+nu" and not self.trp.nuclear) or (self.method == "trp" and self.trp.nuclear):
             raise RankPruneError(
                 f"method {self.method!r} with trp.nuclear={self.trp.nuclear}: 'trp+nu' needs one, like 3e-4, 'trp' has none"
@@ -105,9 +111,21 @@ class Experiment:
         return _build(cls, {"name": path.stem, **data, "training": training, "trp": trp}, path)
 
     def with_seed(self, seed: int) -> "Experiment":
-        """The same experiment with another seed, named after it."""
-        name = self.name if seed == self.training.seed else f"{self.name}-seed{seed}"
-        return replace(self, name=name, training=replace(self.training, seed=seed))
+        """The same experiment with another seed, named after it; the runs it builds on are those with that seed, too."""
+        if seed == self.training.seed:
+            return self
+
+        def named(source: str | None) -> str | None:
+            return f"{source}-seed{seed}" if source and source.startswith("run:") else source
+
+        return replace(
+            self,
+            name=f"{self.name}-seed{seed}",
+            start=named(self.start),
+            teacher=named(self.teacher),
+            reference=named(self.reference),
+            training=replace(self.training, seed=seed),
+        )
 
 
 def _build(kind: type, data: dict[str, Any], path: Path) -> Any:
@@ -152,17 +170,18 @@ def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], 
     else:
         test_set = load_images(source, "test")
 
-    def network() -> nn.Module:
+    def network(weights: str | None = None) -> nn.Module:
         made = resnet(e.model, len(train_set.classes))
         nn.utils.convert_conv2d_weight_memory_format(made, torch.channels_last)
+        if weights:
+            load_exactly(made, read_tensors(_weights_file(weights, folders)), weights)
         return made
 
-    model = network()
-    if e.start:
-        load_exactly(model, read_tensors(_start_file(e.start, folders)), e.start)
+    model = network(e.start)
+    teacher = network(e.teacher or e.start) if e.training.distill else None
     x = next(eval_batches(test_set, 1))[0]
     batches = TrainBatches(train_set, e.batch, seed=e.training.seed)
-    log, plan, small = _train(e, model, batches, x, folder / "checkpoint.pt", on_step)
+    log, plan, small = _train(e, model, teacher, batches, x, folder / "checkpoint.pt", on_step)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "dense.safetensors", model)
     result = _describe(e, log, len(train_set), len(test_set))
@@ -171,33 +190,36 @@ def run(experiment: Experiment, folders: Folders, on_step: Callable[[Progress], 
         result |= {"macs_dense": cost.macs, "params_dense": cost.params}
         result |= {"top1_dense": top1(model, eval_batches(test_set))}
     else:
+        if e.reference:
+            result["top1_dense"] = top1(network(e.reference), eval_batches(test_set))
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
         result |= _compare(model, small, plan, test_set, x)
+        start = model if e.method.startswith("decompose") else network(e.start)
+        result["spectra"] = {"before": _rounded_spectra(start, plan), "after": _rounded_spectra(model, plan)}
     return result
 
 
-def _start_file(start: str, folders: Folders) -> Path:
-    if start.startswith("run:"):
-        file = folders.runs / start.removeprefix("run:") / "dense.safetensors"
+def _weights_file(source: str, folders: Folders) -> Path:
+    if source.startswith("run:"):
+        file = folders.runs / source.removeprefix("run:") / "dense.safetensors"
         if not file.is_file():
-            raise RankPruneError(f"start={start!r}: {str(file)!r} is not there; run that experiment first")
+            raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
         return file
-    return folders.models / start
+    return folders.models / source
 
 
 def _train(
     e: Experiment,
     model: nn.Module,
+    teacher: nn.Module | None,
     batches: TrainBatches,
     x: torch.Tensor,
     checkpoint: Path,
     on_step: Callable[[Progress], None] | None,
 ) -> tuple[list[EpochLog], Plan | None, nn.Module | None]:
     """Do what the method says: the log of the training, and the plan and the decomposed network where there is one."""
-    learn = partial(
-        train, batches=batches, config=e.training, teacher=copy.deepcopy(model), checkpoint=checkpoint, on_step=on_step
-    )
+    learn = partial(train, batches=batches, config=e.training, teacher=teacher, checkpoint=checkpoint, on_step=on_step)
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     if e.method == "dense":
         return learn(model), None, None
@@ -239,6 +261,10 @@ def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet,
         "ms_spread": round(max(t.spread for t in times.values()), 3),
         "ranks": plan.ranks,
     }
+
+
+def _rounded_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
+    return {name: [float(f"{v:.3g}") for v in values] for name, values in planned_spectra(model, plan).items()}
 
 
 def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int) -> dict[str, Any]:

@@ -1,49 +1,111 @@
-"""Pictures: singular spectra before and after, ranks over training."""
+"""Pictures: accuracy against cost, singular spectra before and after, ranks over training."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rankprune.errors import MissingExtraError
-from rankprune.plan import Plan
-from rankprune.projection import factor_planned
+from rankprune.report.tables import Result, label, macs, seeds_together
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Spectra = Mapping[str, Sequence[float]]
+History = Sequence[tuple[float, Mapping[str, int]]]
 
 
-def plot_training(
-    path: str | Path, plan: Plan, dense: nn.Module, trained: nn.Module, history: Sequence[tuple[int, dict[str, int]]]
-) -> None:
-    """Draw the spectra of the planned layers in two networks of the same architecture, and the ranks over the steps.
+def plot_training(path: str | Path, before: Spectra, after: Spectra, history: History, time: str = "optimizer step") -> None:
+    """Draw the spectra of layers in two networks of the same architecture, and the ranks over the training of the second.
 
     Args:
         path: of the picture, .png or .svg.
-        dense: trained as usual.
-        trained: trained with TRP, projected.
-        history: TRP.history.
+        before: for each layer its singular values relative to the largest, as planned_spectra gives them.
+        after: the same of the network trained with TRP, projected.
+        history: times and the ranks then chosen, like TRP.history; without any, the third picture is left out.
+        time: what the times are.
 
     Raises:
         MissingExtraError: without matplotlib.
     """
+    figure = _figure((12, 4.2) if history else (8.5, 4.2))
+    axes = figure.subplots(1, 3 if history else 2)
+    for ax, spectra, title in zip(axes, (before, after), ("before", "after"), strict=False):
+        for name, values in spectra.items():
+            shares = [i / len(values) for i in range(1, len(values) + 1)]
+            ax.semilogy(shares, [max(v, 1e-9) for v in values], label=name, linewidth=1.2)
+        ax.set(title=title, xlabel="index / full rank", ylabel="singular value / largest", ylim=(1e-5, 1.5))
+    if history:
+        for name, values in after.items():
+            chosen = [(when, ranks[name] / len(values)) for when, ranks in history if name in ranks]
+            axes[2].plot(*zip(*chosen, strict=True) if chosen else ((), ()), label=name, linewidth=1.2)
+        axes[2].set(title="ranks chosen in training", xlabel=time, ylabel="rank / full rank", ylim=(0, None))
+    if len(after) <= 20:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small", frameon=False)
+    _save(figure, axes, path)
+
+
+def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
+    """Draw top-1 accuracy against the share of MACs that is left, one panel a network, seeds averaged.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    panels: dict[str, list[list[Result]]] = defaultdict(list)
+    for group in seeds_together(results):
+        panels[group[0]["model"]].append(group)
+    figure = _figure((5.5 * len(panels), 4.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (model, groups) in zip(axes, panels.items(), strict=True):
+        lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for group in groups:
+            tops = [r["top1_dense" if r["method"] == "dense" else "top1"] for r in group]
+            mean = sum(tops) / len(tops)
+            spread = (max(tops) - min(tops)) / 2
+            lines[label(group[0])].append((macs(group[0]) / group[0]["macs_dense"], mean, spread))
+        for name, points in lines.items():
+            shares, tops, spreads = zip(*sorted(points), strict=True)
+            if name.startswith("dense"):
+                ax.axhline(max(tops), color="grey", linewidth=1, linestyle="--", label=name)
+            else:
+                ax.errorbar(shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name)
+        ax.set(title=model, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
+        ax.legend(fontsize="x-small", frameon=False)
+    _save(figure, axes, path)
+
+
+def plot_results(folder: str | Path, results: Sequence[Result]) -> list[Path]:
+    """Draw accuracy.svg of all results and NAME.svg of each one that holds spectra; returns the files.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "accuracy.svg"]
+    plot_accuracy(files[0], results)
+    for r in results:
+        if "spectra" in r:
+            history = [(entry["epoch"] + 1, entry["ranks"]) for entry in r["log"] if entry["ranks"]]
+            files.append(folder / f"{r['name']}.svg")
+            plot_training(files[-1], r["spectra"]["before"], r["spectra"]["after"], history, time="epoch")
+    return files
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
     try:
+        import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot") from error
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    before, after, ranks = figure.subplots(1, 3)
-    for axes, model, title in ((before, dense, "trained as usual"), (after, trained, "trained with TRP")):
-        for (name, _), basis in factor_planned(model, plan).items():
-            energy = basis.values.square().sum(0).sqrt().cpu()
-            shares = [i / len(energy) for i in range(1, len(energy) + 1)]
-            axes.semilogy(shares, (energy / energy[0]).clamp(min=1e-9), label=name, linewidth=1.2)
-        axes.set(title=title, xlabel="index / full rank", ylabel="singular value / largest", ylim=(1e-5, 1.5))
-    full = {name: entry.full_rank or 1 for name, entry in plan.decomposed.items()}
-    for name in full:
-        steps = [step for step, at in history if name in at]
-        ranks.plot(steps, [at[name] / full[name] for _, at in history if name in at], label=name, linewidth=1.2)
-    ranks.set(title="ranks chosen in training", xlabel="optimizer step", ylabel="rank / full rank", ylim=(0, None))
-    if len(full) <= 20:
-        figure.legend(*ranks.get_legend_handles_labels(), loc="outside right center", fontsize="x-small", frameon=False)
-    for axes in (before, after, ranks):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
+    mpl.rcParams["svg.hashsalt"] = "rankprune"  # the same results draw the same file
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: "Figure", axes: "Sequence[Axes]", path: str | Path) -> None:
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    metadata: dict[str, Any] | None = {"Date": None} if Path(path).suffix == ".svg" else None
+    figure.savefig(path, dpi=150, metadata=metadata)

@@ -33,49 +33,61 @@ def read_results(folder: str | Path) -> list[Result]:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """One row for each experiment, seeds averaged: accuracy, drop against the dense rows of the same model, cost, time.
+    """One row for each experiment, seeds averaged: accuracy, drop against its dense reference, cost, time.
 
-    The drop is the dense network's accuracy minus that after decomposition, in points; the dense rows it is taken from are
-    those of the same model, data set and test split with the same epochs, or, for "decompose", the network that was decomposed.
+    The drop is the reference's accuracy minus that after decomposition, in points.
     """
-    groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
-    for r in results:
-        groups[_kind(r)].append(r)
     lines = [
         "| network | method | scheme | epochs | top-1 % | drop | MACs | fewer | params | fewer | ms, batch 64 | faster |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    order = sorted(groups.values(), key=lambda g: (g[0]["model"], g[0]["method"] != "dense", _macs(g[0]), g[0]["name"]))
-    return "\n".join([*lines, *(_row(group, results) for group in order)])
+
+    def place(group: list[Result]) -> tuple[Any, ...]:
+        r = group[0]
+        return r["model"], _from_scratch(r), r["method"] != "dense", macs(r), r["name"]
+
+    return "\n".join([*lines, *(_row(group) for group in sorted(seeds_together(results), key=place))])
 
 
-def _kind(r: Result) -> tuple[Any, ...]:
-    """What is the same for all seeds of one experiment."""
-    return r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], r["epochs"], str(r["config"].get("trp"))
+def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
+    """The results grouped by experiment: those in one group differ in their seed only."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for r in results:
+        config = {k: v for k, v in r["config"].items() if k not in ("name", "start", "teacher", "reference")}
+        config["scratch"] = _from_scratch(r)
+        config["training"] = {k: v for k, v in config.get("training", {}).items() if k != "seed"}
+        groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
+    return list(groups.values())
 
 
-def _macs(r: Result) -> int:
+def label(r: Result) -> str:
+    """What to call the method of a result: its name, its scheme, and what it had help from."""
+    words = [r["method"], r["scheme"] or ""]
+    words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
+    words += ["from scratch"] if _from_scratch(r) else []
+    return " ".join(word for word in words if word)
+
+
+def macs(r: Result) -> int:
+    """The multiply-accumulates of the network that a result is about."""
     return r.get("macs", r["macs_dense"])
 
 
-def _row(group: list[Result], results: Sequence[Result]) -> str:
+def _from_scratch(r: Result) -> bool:
+    return r["config"].get("start") is None
+
+
+def _row(group: list[Result]) -> str:
     r = group[0]
-    cells = [r["model"], r["method"], r["scheme"] or "", str(r["epochs"] or "")]
+    method = label({**r, "scheme": None})
+    cells = [r["model"], method, r["scheme"] or "", str(r["epochs"] or "")]
     if r["method"] == "dense":
         top1 = _spread([g["top1_dense"] for g in group])
         return _line([*cells, top1, "", f"{r['macs_dense']:,}", "", f"{r['params_dense']:,}", "", "", ""])
-    cells += [_spread([g["top1"] for g in group]), _spread([d for g in group if (d := _drop(g, results)) is not None])]
+    cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", f"{r['macs_dense'] / r['macs']:.2f}x", f"{r['params']:,}"]
     cells += [f"{r['params_dense'] / r['params']:.2f}x"]
     return _line([*cells, f"{r['ms']:.1f}", f"{r['ms_dense'] / r['ms']:.2f}x"])
-
-
-def _drop(r: Result, results: Sequence[Result]) -> float | None:
-    if r["method"].startswith("decompose"):
-        return r["top1_before_decomposition"] - r["top1"]
-    same = ("model", "dataset", "test_split", "epochs")
-    dense = [d["top1_dense"] for d in results if d["method"] == "dense" and all(d[k] == r[k] for k in same)]
-    return statistics.mean(dense) - r["top1"] if dense else None
 
 
 def _spread(values: Sequence[float]) -> str:
