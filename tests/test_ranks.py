@@ -14,13 +14,14 @@ import rankprune as rp
 from rankprune.budget import Budget
 from rankprune.ranks import Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
 from rankprune.rules import parse_rule as parse
+from rankprune.spectrum import Spectrum
 
 Layers = dict[str, list[Candidate]]
 
 
 def candidate(values: Tensor, unit: int, dense: int, scheme: str = "channel", round_to: int = 1) -> Candidate:
     values = values.double().sort(descending=True).values
-    return Candidate(scheme, values[None], Cost(unit, 7 * unit), Cost(dense, 7 * dense), round_to)
+    return Candidate(scheme, Spectrum.of(values[None]), Cost(unit, 7 * unit), Cost(dense, 7 * dense), round_to)
 
 
 def matrix_layer(values: Tensor, rows: int, columns: int) -> list[Candidate]:
@@ -48,37 +49,37 @@ def smallest_rank(values: Tensor, percent: int) -> int:
 @given(rows=stacks, percent=st.integers(1, 100))
 def test_energy_takes_the_smallest_rank_that_keeps_enough(rows: list[list[int]], percent: int) -> None:
     values = descending(rows)
-    assert Energy(keep=percent / 100).rank_of(values) == smallest_rank(values, percent)
+    assert Energy(keep=percent / 100).rank_of(Spectrum.of(values)) == smallest_rank(values, percent)
 
 
 @pytest.mark.parametrize(("values", "percents"), [([3, 1], (90, 91)), ([2, 1], (80, 79)), ([7, 1, 1, 1, 0], (98, 96, 94))])
 def test_energy_is_exact_where_the_kept_energy_is_just_enough(values: list[int], percents: tuple[int, ...]) -> None:
     spectrum = descending([values])
     for percent in percents:
-        assert Energy(keep=percent / 100).rank_of(spectrum) == smallest_rank(spectrum, percent), percent
+        assert Energy(keep=percent / 100).rank_of(Spectrum.of(spectrum)) == smallest_rank(spectrum, percent), percent
 
 
 @given(rows=stacks, minimum=st.integers(1, 10))
 def test_singular_value_counts_those_that_reach_the_minimum(rows: list[list[int]], minimum: int) -> None:
     reached = sum(any(row[j] >= minimum for row in descending(rows).tolist()) for j in range(len(rows[0])))
-    assert SingularValue(minimum).rank_of(descending(rows)) == max(1, reached)
+    assert SingularValue(minimum).rank_of(Spectrum.of(descending(rows))) == max(1, reached)
 
 
 @pytest.mark.parametrize("full", [1, 7, 25, 64, 100, 128])
 def test_rank_fraction_rounds_up_the_exact_product(full: int) -> None:
     for percent in range(1, 101):
-        rank = RankFraction(percent / 100).rank_of(torch.ones(1, full))
+        rank = RankFraction(percent / 100).rank_of(Spectrum.of(torch.ones(1, full)))
         assert rank == math.ceil(Fraction(percent, 100) * full), percent
 
 
 @given(full=st.integers(1, 20), rank=st.integers(1, 30))
 def test_fixed_rank_is_cut_at_the_full_rank(full: int, rank: int) -> None:
-    assert FixedRank(rank).rank_of(torch.ones(2, full)) == min(rank, full)
+    assert FixedRank(rank).rank_of(Spectrum.of(torch.ones(2, full))) == min(rank, full)
 
 
 @pytest.mark.parametrize("rule", [Energy(0.5), SingularValue(1e-3), FixedRank(1), RankFraction(0.01)])
 def test_a_zero_matrix_still_gets_rank_one(rule) -> None:
-    assert rule.rank_of(torch.zeros(3, 6)) == 1
+    assert rule.rank_of(Spectrum.of(torch.zeros(3, 6))) == 1
 
 
 # -- break-even, rounding, the choice of scheme -----------------------------------------------------------------------
@@ -116,7 +117,7 @@ def test_break_even_is_judged_after_rounding() -> None:
 @given(data=st.data(), keep=st.sampled_from([0.5, 0.9, 0.99]))
 def test_auto_takes_the_scheme_that_is_cheapest_at_the_rules_own_rank(data: st.DataObject, keep: float) -> None:
     schemes = [candidate(torch.tensor(data.draw(spectra)), data.draw(st.integers(1, 30)), 100, name) for name in "abc"]
-    costs = {c.scheme: Energy(keep).rank_of(c.values) * c.unit.macs for c in schemes}
+    costs = {c.scheme: Energy(keep).rank_of(c.spectrum) * c.unit.macs for c in schemes}
     choice = Energy(keep).choose({"layer": schemes}, Cost(100, 700))["layer"]
     if min(costs.values()) >= 100:
         assert choice.rank is None
@@ -126,8 +127,8 @@ def test_auto_takes_the_scheme_that_is_cheapest_at_the_rules_own_rank(data: st.D
 
 def test_without_mac_counts_cheaper_means_fewer_parameters() -> None:
     values = torch.ones(1, 4)
-    small = Candidate("small", values, Cost(None, 5), Cost(None, 100))
-    big = Candidate("big", values, Cost(None, 6), Cost(None, 100))
+    small = Candidate("small", Spectrum.of(values), Cost(None, 5), Cost(None, 100))
+    big = Candidate("big", Spectrum.of(values), Cost(None, 6), Cost(None, 100))
     assert FixedRank(2).choose({"layer": [big, small]}, Cost(None, 100))["layer"].scheme == "small"
     with pytest.raises(rp.RankPruneError, match="example_inputs"):
         Budget(macs=0.5).choose({"layer": [big, small]}, Cost(None, 100))
@@ -140,7 +141,7 @@ def options(candidates: list[Candidate]) -> list[tuple[int, float, Choice]]:
     """(cost, error, choice) of all that may be done with a layer, by definition."""
     found = [(candidates[0].dense.macs, 0.0, Choice())]
     for c in candidates:
-        energies = c.values.square().sum(0).tolist()
+        energies = c.spectrum.values.square().sum(0).tolist()
         for rank in range(1, len(energies) + 1):
             if rank * c.unit.macs < c.dense.macs:
                 error = sum(energies[rank:]) / (sum(energies) or 1)

@@ -85,7 +85,7 @@ def _options(candidates: Sequence[Candidate], metric: Metric) -> _Options:
         if c.full_rank == affordable and affordable % c.round_to:
             allowed.append(affordable)
         costs.append(torch.tensor(allowed, dtype=torch.float64, device="cpu") * c.unit.of(metric))
-        errors.append(c.errors().cpu()[allowed])
+        errors.append(c.spectrum.errors().cpu()[allowed])
         schemes += [c.scheme] * len(allowed)
         ranks += allowed
     end = torch.tensor([dense, 0.0], dtype=torch.float64, device="cpu")

@@ -205,7 +205,7 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     if runs < 1 or warmup < 0:
         raise RankPruneError(f"runs={runs} and warmup={warmup}: give at least one run and no negative warm-up")
     first = next(t for m in models.values() for t in (*m.parameters(), torch.empty(0)))
-    synchronize = _synchronizer(first.device)
+    synchronize = synchronizer(first.device)
     times: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
         for model in models.values():
@@ -223,7 +223,8 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     return {name: _timing(values, first) for name, values in times.items()}
 
 
-def _synchronizer(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has computed all it was given; nothing on a CPU."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)

@@ -2,11 +2,13 @@
 
 Everything follows from one orthonormal basis of a matrix's shorter side, ordered by singular value. With A (rows, columns) and
 Q its left singular vectors, the projection on rank r is ``Q_r Q_r^T A``, factors are ``Q_r`` and ``Q_r^T A``, and the nuclear
-norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP's regularisation); for a tall A the same on the right. The basis comes from
-the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64: for float32 and narrower
-weights that leaves singular values right down to 1e-6 of the largest, below which they are rounding of the weights
-themselves. Float64 weights deserve more and get a true SVD. All products are in float64 too, which neither autocast nor TF32
-touches.
+norm's sub-gradient is ``Q S^-1 Q^T A`` (TRP's regularisation); for a tall A the same on the right.
+
+The whole basis comes from the Gram matrix of the short side, which is many times cheaper than an SVD. It is formed in float64:
+for float32 and narrower weights that leaves singular values right down to 1e-6 of the largest, below which they are
+rounding of the weights themselves. Float64 weights deserve more and get a true SVD. Where a large matrix has moved only
+a little since its leading vectors were last known, as in training, the leading part of the basis is found from those by
+subspace iteration (Halko, Martinsson and Tropp 2011), many times cheaper again.
 """
 
 from collections import defaultdict
@@ -17,26 +19,46 @@ import torch
 from torch import Tensor
 
 from rankprune.errors import FactorizationError
+from rankprune.spectrum import Spectrum
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
+_LARGE = 256
+"""Short sides from here on are worth a subspace iteration, and products in float32."""
+_ITERATIONS = 4
+_GAIN = 0.02
+"""Subspace iteration ends when an iteration has found less than this share of the energy that was still missing."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Singular values of a stack of matrices, descending, and the singular vectors of their shorter side.
+    """Singular values of a stack of matrices, descending, and the singular vectors of their shorter side, all or the leading.
 
-    Shapes, with k = min(rows, columns): vectors (stack, k, k), one vector a column; values (stack, k) float64.
-    `on_rows` tells whether the vectors span the row space's side of length rows (left) or columns (right).
+    Shapes, with k = min(rows, columns) and p <= k: vectors (stack, k, p), one vector a column; values (stack, p) float64;
+    energy (stack,) float64, each matrix's sum of squares. `on_rows` tells whether the vectors are left ones (k = rows) or
+    right ones.
     """
 
     vectors: Tensor
     values: Tensor
+    energy: Tensor
     on_rows: bool
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """What rank rules judge by."""
+        return Spectrum(self.values, self.energy, self.vectors.shape[1])
 
 
 @torch.no_grad()
-def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
+def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tensor | None] = ()) -> list[Basis]:
     """The basis of each stack (stack, rows, columns); stacks of equal matrix shape are factored in one batch.
+
+    Args:
+        names: of the layers, for messages.
+        starts: for each stack the leading vectors (stack, k, r) that it had a little while ago, or None. Where given and worth
+            it, the basis holds somewhat more than r leading vectors; captured energies and hence errors are still exact for the
+            projection it makes, which may capture less than the best one, by a few per cent of what the best one loses.
 
     Raises:
         FactorizationError: if a stack holds a value that is not finite, or resists even a float64 SVD on the CPU; it
@@ -45,7 +67,11 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
     found: dict[int, Basis] = {}
     batches: dict[tuple, list[int]] = defaultdict(list)
     for i, stack in enumerate(stacks):
-        batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
+        start = starts[i] if starts else None
+        if start is not None and (basis := _leading(stack.detach(), start)):
+            found[i] = basis
+        else:
+            batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
     for members in batches.values():
         batch = torch.cat([stacks[i].detach() for i in members])
         labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
@@ -53,13 +79,78 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str]) -> list[Basis]:
         on_rows = batch.shape[1] <= batch.shape[2]
         sizes = [stacks[i].shape[0] for i in members]
         for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
-            found[i] = Basis(q, v, on_rows)
+            found[i] = Basis(q, v, v.square().sum(-1), on_rows)
     return [found[i] for i in range(len(stacks))]
 
 
-def bases_by_layer(stacks: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Basis]:
+def bases_by_layer(
+    stacks: Mapping[tuple[str, str], Tensor], starts: Mapping[tuple[str, str], Tensor] | None = None
+) -> dict[tuple[str, str], Basis]:
     """As bases, for stacks by (layer name, scheme name)."""
-    return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks]), strict=True))
+    known = [starts.get(key) for key in stacks] if starts else ()
+    return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks], known), strict=True))
+
+
+def worth_starting(full_rank: int, rank: int) -> bool:
+    """Whether so many leading vectors of so many make the next factorisation faster."""
+    return full_rank >= _LARGE and rank + _extra(rank) <= full_rank // 2
+
+
+def _extra(rank: int) -> int:
+    """Vectors to look for beyond those known."""
+    return max(16, rank // 4)
+
+
+def _leading(stack: Tensor, start: Tensor) -> Basis | None:
+    """The leading part of the basis, by subspace iteration; None if it is not worth it, or does not converge."""
+    k, rank = min(stack.shape[1:]), start.shape[-1]
+    if not worth_starting(k, rank) or stack.dtype == torch.float64 or start.shape[:2] != (stack.shape[0], k):
+        return None
+    on_rows = stack.shape[1] <= stack.shape[2]
+    a = _working(stack if on_rows else stack.mT)
+    energy = a.double().square().sum((-2, -1))
+    start = start.to(a.dtype)
+    new = _sketch(a, _extra(rank))  # lets directions in that were not there before
+    y = torch.cat([start, new - start @ (start.mT @ new)], -1)
+    captured = None
+    for _ in range(_ITERATIONS):
+        q = _orthonormal(y)
+        b = q.mT @ a
+        before, captured = captured, b.double().square().sum((-2, -1))
+        if not captured.isfinite().all():
+            return None
+        if before is not None and ((captured - before) <= _GAIN * (energy - before) + 1e-7 * energy).all():
+            wide = b.double()
+            squares, turn = torch.linalg.eigh(wide @ wide.mT)
+            return Basis(q @ turn.flip(-1).to(q.dtype), squares.flip(-1).clamp(min=0).sqrt(), energy, on_rows)
+        y = a @ b.mT
+    return None
+
+
+def _sketch(a: Tensor, columns: int) -> Tensor:
+    """Random signed sums of the columns of `a`, (stack, k, columns), the same ones every time."""
+    generator = torch.Generator().manual_seed(a.shape[-1])
+    place = torch.randperm(a.shape[-1], generator=generator).remainder(columns).to(a.device)
+    sign = torch.randint(0, 2, (a.shape[-1],), generator=generator).mul(2).sub(1).to(a)
+    return a.new_zeros(*a.shape[:-1], columns).index_add_(-1, place, a * sign)
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of (stack, k, p): by Cholesky where they are well apart, else by Householder QR."""
+    wide = y.double()
+    root, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    if failed.any() or (diagonal.amin(-1) <= 1e-4 * diagonal.amax(-1)).any():
+        return torch.linalg.qr(y).Q
+    return torch.linalg.solve_triangular(root, wide.mT, upper=False).mT.to(y.dtype)
+
+
+def _working(stack: Tensor) -> Tensor:
+    """The stack in the type that products are made in: float32 for large ones where nothing narrows it, else float64."""
+    kind = stack.device.type
+    large = min(stack.shape[1:]) >= _LARGE and kind == "cpu" and stack.dtype != torch.float64
+    narrowed = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
+    return stack.float() if large and not narrowed else stack.double()
 
 
 def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
@@ -110,7 +201,8 @@ def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def project(stack: Tensor, basis: Basis, rank: int) -> Tensor:
     """The nearest stack of rank `rank` (Eckart-Young). Shapes: (stack, rows, columns) -> the same."""
-    q, a = basis.vectors[..., :rank], stack.double()
+    a = _working(stack)
+    q = basis.vectors[..., :rank].to(a.dtype)
     return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
 
 
@@ -120,7 +212,7 @@ def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
 
     Each carries the square root of the singular values, so that neither is much larger than the other. Float64.
     """
-    q, a, values = basis.vectors[..., :rank], stack.double(), basis.values[..., :rank]
+    q, a, values = basis.vectors[..., :rank].double(), stack.double(), basis.values[..., :rank]
     scale = torch.where(values > 1e-12 * values[..., :1], values, 1.0).sqrt()
     if basis.on_rows:
         return q * scale[..., None, :], (q.mT @ a) / scale[..., None]
@@ -128,18 +220,20 @@ def factors(stack: Tensor, basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def nuclear_subgradient(stack: Tensor, basis: Basis) -> Tensor:
+def nuclear_subgradient(stack: Tensor, basis: Basis, rank: int | None = None) -> Tensor:
     """U V^T over the numerical rank of each matrix: the sub-gradient of the nuclear norm (TRP's regularisation).
 
     Shapes: (stack, rows, columns) -> the same. Singular values below max(rows, columns) * eps of the largest count as
-    zero, as in torch.linalg.matrix_rank.
+    zero, as in torch.linalg.matrix_rank, and so do those after the first `rank`, as of the stack's projection on that rank.
     """
     eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
-    tolerance = max(stack.shape[1:]) * eps * basis.values[..., :1]
-    weight = torch.where(basis.values > tolerance, 1 / basis.values, 0.0)
-    q, a = basis.vectors, stack.double()
-    inverse_root = (q * weight[..., None, :]) @ q.mT
-    return (inverse_root @ a if basis.on_rows else a @ inverse_root).to(stack.dtype)
+    values = basis.values[..., :rank]
+    tolerance = max(stack.shape[1:]) * eps * values[..., :1]
+    a = _working(stack)
+    weight = torch.where(values > tolerance, 1 / values, 0.0).to(a.dtype)
+    q = basis.vectors[..., :rank].to(a.dtype)
+    scaled = q * weight[..., None, :]
+    return (scaled @ (q.mT @ a) if basis.on_rows else (a @ q) @ scaled.mT).to(stack.dtype)
 
 
 @dataclass(frozen=True)

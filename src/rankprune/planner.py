@@ -1,7 +1,7 @@
 """From a model to a Plan: select layers, see them as matrices, factor, and let the rule choose."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
+from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.layers import Layer, own_weight, select, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
 from rankprune.ranks import Candidate, Choice, Cost, RankRule
 from rankprune.schemes import Scheme, schemes_for
+from rankprune.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,20 @@ class Option:
     full_rank: int
 
 
-Bases = dict[tuple[str, str], Basis]
-"""The basis of every (layer name, scheme name)."""
+Key = tuple[str, str]
+"""A layer's name and a scheme's."""
+
+
+@dataclass
+class Factored:
+    """The weights of a moment, factored: everything known so far, by layer and scheme.
+
+    `spectra` are those of all layers; `stacks` and `bases` those of the layers that this process owns.
+    """
+
+    spectra: dict[Key, Spectrum] = field(default_factory=dict)
+    stacks: dict[Key, Tensor] = field(default_factory=dict)
+    bases: dict[Key, Basis] = field(default_factory=dict)
 
 
 class Planner:
@@ -92,9 +106,16 @@ class Planner:
             why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
         flat = self._flat()
-        self.choices({key: torch.ones(1, o.full_rank, device="cpu") for key, o in flat.items()})  # raises if unreachable
+        flat_spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in flat.items()}
+        self._choose(flat_spectra, rule)  # raises if the rule cannot be met, whatever the spectra
+        self.join(Team.alone())
         layers = {key: (o.layer.module, o.scheme) for key, o in flat.items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
+
+    def join(self, team: Team) -> None:
+        """From now on share the factorisations with the other processes of a team; all must then call the same methods."""
+        self.team = team
+        self.owner = team.owners({name: sum(map(_effort, options)) for name, options in self.options.items()})
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -102,41 +123,76 @@ class Planner:
         return {name: options[0].layer for name, options in self.options.items()}
 
     @torch.no_grad()
-    def bases(self) -> Bases:
-        """Factor the present weights, every layer under every scheme it may get."""
-        stacks = {
-            key: o.scheme.to_matrices(o.layer.module, o.layer.module.get_parameter("weight")) for key, o in self._flat().items()
-        }
-        for key, white in self._whitenings.items():
-            stacks[key] = white.apply(stacks[key])
-        return linalg.bases_by_layer(stacks)
+    def factor(self, starts: Mapping[Key, Tensor] | None = None, keys: Iterable[Key] | None = None) -> Factored:
+        """Factor the present weights, every layer under every scheme it may get, or those in `keys`.
 
-    def _flat(self) -> dict[tuple[str, str], Option]:
+        Args:
+            starts: leading vectors known from a little earlier, as linalg.bases takes them; other layers get their whole basis.
+        """
+        factored = Factored()
+        self._factor_into(factored, self._flat() if keys is None else keys, starts)
+        return factored
+
+    def _factor_into(self, factored: Factored, keys: Iterable[Key], starts: Mapping[Key, Tensor] | None = None) -> None:
+        wanted = set(keys)
+        stacks: dict[Key, Tensor] = {}
+        for name, options in self.options.items():
+            schemes = [o.scheme for o in options if (name, o.scheme.name) in wanted]
+            if schemes:
+                module = options[0].layer.module
+                whole = self.team.whole(module.get_parameter("weight"))  # all take part, owner or not
+                if self.owner[name] == self.team.rank:
+                    stacks |= {(name, scheme.name): scheme.to_matrices(module, whole) for scheme in schemes}
+        stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
+
+        def spectra() -> dict[Key, Spectrum]:
+            found = linalg.bases_by_layer(stacks, starts)
+            factored.bases |= found
+            return {key: basis.spectrum.cpu() for key, basis in found.items()}
+
+        factored.stacks |= stacks
+        factored.spectra |= self.team.share(spectra)
+
+    def _flat(self) -> dict[Key, Option]:
         return {(o.layer.name, o.scheme.name): o for options in self.options.values() for o in options}
 
-    def plan(self, bases: Bases, rule: RankRule | None = None) -> Plan:
-        """Let the rule (or another one in its place) choose, given the bases of the present weights."""
-        candidates, choices = self.choices({key: basis.values for key, basis in bases.items()}, rule)
+    def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:
+        """Let the rule (or another one in its place) choose for the present weights.
+
+        Where it asks for more than is known of a layer, the whole layer is factored, into `factored`, and the rule asked again.
+        """
+        while True:
+            candidates, choices = self._choose(factored.spectra, rule or self.rule)
+            chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
+            short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
+            if not short:
+                break
+            self._factor_into(factored, short)
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         order = [name for name, _ in self.model.named_modules() if name in self._static]
         entries = tuple(decided.get(name, self._static[name]) for name in order)
         return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule), self._uncounted)
 
-    def choices(
-        self, spectra: Mapping[tuple[str, str], Tensor], rule: RankRule | None = None
-    ) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
-        """What the rule says to these singular values, (stack, k) by (layer, scheme), and the candidates it saw.
-
-        Raises:
-            RankPruneError: if the rule cannot be met, whatever the spectra.
-        """
+    def _choose(self, spectra: Mapping[Key, Spectrum], rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
+        """The candidates of every layer, and what the rule says of them."""
         candidates = {
-            name: [
-                Candidate(o.scheme.name, spectra[name, o.scheme.name].cpu(), o.unit, o.dense, self.round_to) for o in options
-            ]
+            name: [Candidate(o.scheme.name, spectra[name, o.scheme.name], o.unit, o.dense, self.round_to) for o in options]
             for name, options in self.options.items()
         }
-        return candidates, (rule or self.rule).choose(candidates, self._cost)
+        return candidates, rule.choose(candidates, self._cost)
+
+    def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
+        """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
+        starts = {}
+        for name, entry in plan.decomposed.items():
+            chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
+            metric = "params" if chosen.unit.macs is None else "macs"
+            for o in self.options[name]:
+                basis = factored.bases.get((name, o.scheme.name))
+                rank = -(-(entry.rank or 1) * chosen.unit.of(metric) // max(o.unit.of(metric), 1))
+                if basis is not None and linalg.worth_starting(o.full_rank, rank):
+                    starts[name, o.scheme.name] = basis.vectors[..., :rank].float().clone()
+        return starts
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self._static[name]
@@ -151,7 +207,7 @@ class Planner:
             full_rank=chosen.full_rank,
             macs_after=macs,
             params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
-            error=float(chosen.errors()[choice.rank]),
+            error=float(chosen.spectrum.errors()[choice.rank]),
         )
 
 
@@ -185,7 +241,13 @@ def make_plan(
         round_to=round_to,
         calibration=calibration,
     )
-    return planner.plan(planner.bases())
+    return planner.plan(planner.factor())
+
+
+def _effort(option: Option) -> float:
+    """About how long the factorisation takes, in arbitrary units."""
+    weight = option.layer.module.get_parameter("weight")
+    return weight.numel() * option.full_rank
 
 
 def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:

@@ -1,6 +1,6 @@
 """Make the weights of a dense model low-rank, in place, at the ranks of a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from rankprune.errors import RankPruneError
 from rankprune.layers import own_weight, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import Plan
+from rankprune.planner import Factored, Option, Planner
 from rankprune.schemes import SCHEMES
 
 
@@ -69,24 +70,51 @@ def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> dict[tuple
 
 
 @torch.no_grad()
-def project(model: nn.Module, plan: Plan, bases: Mapping[tuple[str, str], Basis] | None = None) -> None:
+def project(model: nn.Module, plan: Plan) -> None:
     """Replace each planned weight by its nearest one of the planned rank (TRP's low-rank iteration), in place.
 
     The parameters stay the same objects, so optimizers and compiled models go on as before.
-
-    Args:
-        bases: those of the present weights, where the caller has them already.
 
     Raises:
         RankPruneError: if the plan does not fit the model.
         FactorizationError: if a weight is not finite.
     """
-    model = unwrap(model)
-    modules = planned_modules(model, plan)
-    bases = linalg.bases_by_layer(planned_matrices(modules, plan)) if bases is None else bases
-    for name, entry in plan.decomposed.items():
-        module, scheme = modules[name], SCHEMES[entry.scheme or ""]
-        weight = module.get_parameter("weight")
-        matrices = scheme.to_matrices(module, weight)
-        low = linalg.project(matrices, bases[name, scheme.name], entry.rank or 1)
-        weight.copy_(scheme.to_weight(module, low))
+    modules = planned_modules(unwrap(model), plan)
+    stacks = planned_matrices(modules, plan)
+    for (name, scheme), basis in linalg.bases_by_layer(stacks).items():
+        low = linalg.project(stacks[name, scheme], basis, plan.decomposed[name].rank or 1)
+        modules[name].get_parameter("weight").copy_(SCHEMES[scheme].to_weight(modules[name], low))
+
+
+@torch.no_grad()
+def project_factored(planner: Planner, plan: Plan, factored: Factored) -> None:
+    """As project, for the weights that `factored` is of; every process of the team computes those it owns."""
+    low = {
+        name: option.scheme.to_weight(option.layer.module, linalg.project(stack, basis, rank or 1))
+        for name, option, stack, basis, rank in _owned(planner, plan, factored)
+        if rank is not None
+    }
+    weights = {name: planner.layers[name].module.get_parameter("weight") for name in plan.decomposed}
+    planner.team.publish(weights, low, planner.owner)
+
+
+@torch.no_grad()
+def nuclear_terms(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
+    """U V^T of each considered layer in the shape of its weight; of one the plan decomposes, over the ranks it keeps."""
+    own = {
+        name: option.scheme.to_weight(option.layer.module, linalg.nuclear_subgradient(stack, basis, rank))
+        for name, option, stack, basis, rank in _owned(planner, plan, factored)
+    }
+    terms = {name: torch.empty_like(layer.module.get_parameter("weight")) for name, layer in planner.layers.items()}
+    planner.team.publish(terms, own, planner.owner)
+    return terms
+
+
+def _owned(planner: Planner, plan: Plan | None, factored: Factored) -> Iterator[tuple[str, Option, Tensor, Basis, int | None]]:
+    """The layers that this process owns: name, option, stack, basis and planned rank (None: stays dense)."""
+    for name, options in planner.options.items():
+        entry = None if plan is None else plan.decomposed.get(name)
+        option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
+        key = name, option.scheme.name
+        if key in factored.bases:
+            yield name, option, factored.stacks[key], factored.bases[key], entry and entry.rank

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from rankprune.errors import RankPruneError
+from rankprune.spectrum import Spectrum
 
 Metric = Literal["macs", "params"]
 _ROUNDING = 1e-12
@@ -49,12 +47,12 @@ class Cost:
 class Candidate:
     """One layer under one scheme.
 
-    `values` (stack, k) are its singular values, descending; `unit` is the cost of each rank (costs are proportional to the
-    rank, a bias aside); `dense` the cost of the layer as it is, bias not counted; ranks are multiples of `round_to`, or full.
+    `unit` is the cost of each rank (costs are proportional to the rank, a bias aside); `dense` the cost of the layer as it is,
+    bias not counted; ranks are multiples of `round_to`, or full.
     """
 
     scheme: str
-    values: Tensor
+    spectrum: Spectrum
     unit: Cost
     dense: Cost
     round_to: int = 1
@@ -67,22 +65,11 @@ class Candidate:
     @property
     def full_rank(self) -> int:
         """The largest rank, k."""
-        return self.values.shape[-1]
+        return self.spectrum.full_rank
 
     def rounded(self, rank: int) -> int:
         """`rank` rounded up to a multiple of round_to, between 1 and the full rank."""
         return max(1, min(math.ceil(rank / self.round_to) * self.round_to, self.full_rank))
-
-    def energies(self) -> Tensor:
-        """The squared singular values, summed over the stack: (k,)."""
-        return self.values.double().square().sum(0)
-
-    def errors(self) -> Tensor:
-        """The share of energy lost at rank 0, 1, ..., k: (k + 1,), from 1 down to 0. What is mere rounding is 0."""
-        energies = self.energies()
-        tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-        total = tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
-        return torch.where(tail <= _ROUNDING * total, 0.0, tail / total)
 
 
 @dataclass(frozen=True)
@@ -122,14 +109,14 @@ class LocalRule(RankRule):
     """A rule that looks at one layer at a time; among schemes the cheapest wins, at the rank the rule gives each."""
 
     @abstractmethod
-    def rank_of(self, values: Tensor) -> int:
-        """The rank for singular values (stack, k), descending."""
+    def rank_of(self, spectrum: Spectrum) -> int:
+        """The rank for these singular values; more than are known asks for all of them."""
 
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
         return {name: self._choose(candidates) for name, candidates in layers.items()}
 
     def _choose(self, candidates: Sequence[Candidate]) -> Choice:
-        ranked = [(c, c.rounded(self.rank_of(c.values))) for c in candidates]
+        ranked = [(c, c.rounded(self.rank_of(c.spectrum))) for c in candidates]
         best, rank = min(ranked, key=lambda pair: pair[1] * pair[0].unit.of(pair[0].metric))
         metric = best.metric
         cost, dense = rank * best.unit.of(metric), best.dense.of(metric)
@@ -143,7 +130,8 @@ class LocalRule(RankRule):
 class Energy(LocalRule):
     """The smallest rank that keeps the share `keep` of each layer's squared singular values (TRP's energy threshold).
 
-    >>> Energy(keep=0.9).rank_of(torch.tensor([[3.0, 1.0, 0.0]]))
+    >>> import torch
+    >>> Energy(keep=0.9).rank_of(Spectrum.of(torch.tensor([[3.0, 1.0, 0.0]])))
     1
     """
 
@@ -153,10 +141,8 @@ class Energy(LocalRule):
         if not is_share(self.keep):
             raise RankPruneError(f"Energy(keep={self.keep}): keep is a share of energy, above 0 and at most 1, like 0.98")
 
-    def rank_of(self, values: Tensor) -> int:
-        energies = values.double().square().sum(0)
-        tail = energies.flip(0).cumsum(0).flip(0)
-        return max(1, int((tail > (1 - self.keep + _ROUNDING) * tail[0]).sum()))
+    def rank_of(self, spectrum: Spectrum) -> int:
+        return max(1, int((spectrum.errors() > 1 - self.keep + _ROUNDING).sum()))
 
     def relaxed(self, progress: float) -> "Energy":
         return Energy(1 - (1 - self.keep) * progress)
@@ -172,8 +158,9 @@ class SingularValue(LocalRule):
         if not isinstance(self.minimum, int | float) or not self.minimum > 0:
             raise RankPruneError(f"SingularValue(minimum={self.minimum}): give a positive threshold")
 
-    def rank_of(self, values: Tensor) -> int:
-        return max(1, int((values.max(0).values >= self.minimum).sum()))
+    def rank_of(self, spectrum: Spectrum) -> int:
+        reached = int((spectrum.values.max(0).values >= self.minimum).sum())
+        return reached + 1 if reached == spectrum.known < spectrum.full_rank else max(1, reached)
 
 
 @dataclass(frozen=True)
@@ -186,8 +173,8 @@ class FixedRank(LocalRule):
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise RankPruneError(f"FixedRank(rank={self.rank}): a rank is a whole number of at least 1")
 
-    def rank_of(self, values: Tensor) -> int:
-        return min(self.rank, values.shape[-1])
+    def rank_of(self, spectrum: Spectrum) -> int:
+        return min(self.rank, spectrum.full_rank)
 
 
 @dataclass(frozen=True)
@@ -200,5 +187,5 @@ class RankFraction(LocalRule):
         if not is_share(self.fraction):
             raise RankPruneError(f"RankFraction(fraction={self.fraction}): give a fraction above 0 and at most 1, like 0.25")
 
-    def rank_of(self, values: Tensor) -> int:
-        return max(1, math.ceil(self.fraction * values.shape[-1] - 1e-9))
+    def rank_of(self, spectrum: Spectrum) -> int:
+        return max(1, math.ceil(self.fraction * spectrum.full_rank - 1e-9))

@@ -6,16 +6,19 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from rankprune import linalg
 from rankprune.cost import Inputs
 from rankprune.decompose import decompose
+from rankprune.distributed import Team, is_sharded
 from rankprune.errors import RankPruneError
+from rankprune.layers import unwrap
 from rankprune.plan import Plan
-from rankprune.planner import Bases, Planner
-from rankprune.projection import project
+from rankprune.planner import Key, Planner
+from rankprune.projection import nuclear_terms, project_factored
 from rankprune.ranks import RankRule
+from rankprune.stopwatch import Stopwatch
 
 _ATTACHED: WeakSet[Optimizer] = WeakSet()
 
@@ -40,6 +43,8 @@ class TRP:
             the end. 0 applies the rule in full from the start. Rules that can: Budget and Energy.
         freeze: after this many steps the ranks are chosen no more, and projections keep to them; None never freezes.
         example_inputs, include, exclude, round_to: as in make_plan.
+        process_group: the processes that train this model together, where torch.distributed is initialised when attach() is
+            called; None is all of them. They share out the factorisations and hold equal weights after every projection.
 
     Attributes:
         plan: the plan of the last projection; None before the first.
@@ -65,6 +70,7 @@ class TRP:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         round_to: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise RankPruneError(f"every={every}: give a whole number of optimizer steps, at least 1, like 20")
@@ -97,10 +103,13 @@ class TRP:
         self.plan: Plan | None = None
         self.steps = 0
         self.history: list[tuple[int, dict[str, int]]] = []
+        self._process_group = process_group
+        self._stopwatch = Stopwatch()
         self._projected_at: int | None = None
         self._annealed = True
         self._versions: list[int] = []
         self._subgradients: dict[str, Tensor] = {}
+        self._starts: dict[Key, Tensor] = {}
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
 
@@ -130,6 +139,8 @@ class TRP:
                 f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out "
                 "with exclude="
             )
+        self._planner.join(Team(self._process_group))
+        self._stopwatch = Stopwatch()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -152,19 +163,20 @@ class TRP:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _overflowed(optimizer):
             return None
-        if self.nuclear and not self.history and self.nuclear_cadence == "step" and not self._subgradients:
-            self._subgradients = self._nuclear_terms(self._planner.bases())  # before the first projection
-        if not self._subgradients:
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add_subgradients(optimizer)
+        with self._stopwatch.running():
+            if self.nuclear and self.nuclear_cadence == "step" and not self._subgradients:  # before the first projection
+                self._subgradients = nuclear_terms(self._planner, None, self._planner.factor())
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._add_subgradients(optimizer)
+        if closure is None or not self._subgradients:
             return None
 
         # With a closure the gradients come into being inside the step, so the term is added there.
         def with_nuclear_term() -> Any:
             loss = closure()
-            self._add_subgradients(optimizer)
+            with self._stopwatch.running():
+                self._add_subgradients(optimizer)
             return loss
 
         if "closure" in kwargs:
@@ -190,7 +202,8 @@ class TRP:
         if self.nuclear_cadence == "projection":
             self._subgradients = {}
         if self.steps % self.every == 0:
-            self.project()
+            with self._stopwatch.running(self._device()):
+                self.project()
 
     # -- projecting -----------------------------------------------------------------------------------------------
 
@@ -200,47 +213,72 @@ class TRP:
         Raises:
             FactorizationError: naming the layer, if a weight is not finite.
         """
-        bases = self._planner.bases()
+        planner = self._planner
         frozen = self.freeze is not None and self.steps >= self.freeze and not self._annealed
-        if self.plan is None or not frozen:
+        if self.plan is not None and frozen:
+            planned = [(name, entry.scheme or "") for name, entry in self.plan.decomposed.items()]
+            factored = planner.factor(self._starts, None if self.nuclear else planned)
+        else:
             rule = self._rule()
-            self.plan = self._planner.plan(bases, rule)
-            self._annealed = rule is not self._planner.rule
-        project(self.model, self.plan, bases)
+            factored = planner.factor(self._starts)
+            self.plan = planner.plan(factored, rule)
+            self._annealed = rule is not planner.rule
+        project_factored(planner, self.plan, factored)
         if self.nuclear:
-            self._subgradients = self._nuclear_terms(bases)
+            self._subgradients = nuclear_terms(planner, self.plan, factored)
+        self._starts = planner.leading(self.plan, factored)
         self._projected_at, self._versions = self.steps, self._weight_versions()
         self.history.append((self.steps, self.plan.ranks))
         return self.plan
+
+    def _device(self) -> torch.device:
+        return next(iter(self._planner.layers.values())).module.get_parameter("weight").device
 
     def _rule(self) -> RankRule:
         progress = 1.0 if self.steps >= self.ramp else self.steps / self.ramp
         return self._planner.rule if progress == 1 else self._planner.rule.relaxed(1 - (1 - progress) ** 3)
 
-    def _nuclear_terms(self, bases: Bases) -> dict[str, Tensor]:
-        """U V^T of each considered layer in the shape of its weight; of a projected one, over the ranks it kept."""
-        terms = {}
-        planned = {} if self.plan is None else self.plan.decomposed
-        for name, options in self._planner.options.items():
-            entry = planned.get(name)
-            option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
-            module, scheme = option.layer.module, option.scheme
-            matrices = scheme.to_matrices(module, module.get_parameter("weight").detach())
-            terms[name] = scheme.to_weight(module, linalg.nuclear_subgradient(matrices, bases[name, scheme.name]))
-        return terms
+    @property
+    def overhead(self) -> float:
+        """What TRP adds to the training: seconds in its hooks by seconds of everything else, since attach()."""
+        return self._stopwatch.overhead
 
-    def finalize(self) -> nn.Module:
+    def metrics(self) -> dict[str, float]:
+        """What to log: the shares of the dense model that the plan leaves, the overhead, and the rank of each layer."""
+        found = {"rankprune/overhead": self.overhead}
+        if self.plan is not None:
+            if self.plan.macs is not None and self.plan.macs_dense:
+                found["rankprune/macs"] = self.plan.macs / self.plan.macs_dense
+            found["rankprune/params"] = self.plan.params / self.plan.params_dense
+            found |= {f"rankprune/rank/{name}": float(rank) for name, rank in self.plan.ranks.items()}
+        return found
+
+    def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
         If the last step was itself followed by a projection in full, its ranks count.
+
+        Args:
+            into: a fresh dense model, which takes up the weights and is decomposed in place of `model`. Needed where the
+                weights are sharded (FSDP2); every process then gets the whole decomposed model.
+
+        Raises:
+            RankPruneError: if the weights are sharded and there is no `into`.
         """
+        sharded = any(is_sharded(p) for p in self.model.parameters())
+        if sharded and into is None:
+            raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
         if self.plan is None or self._projected_at != self.steps or self._annealed:
             self.ramp = min(self.ramp, self.steps)
             self.plan = self.project()
         elif self._versions != self._weight_versions():  # exchanged since, for those of an average, say
-            project(self.model, self.plan)
+            project_factored(self._planner, self.plan, self._planner.factor())
         self.detach()
-        return decompose(self.model, self.plan)
+        if into is None:
+            return decompose(self.model, self.plan)
+        dense = unwrap(into)
+        dense.load_state_dict({name: self._planner.team.whole(value) for name, value in self.model.state_dict().items()})
+        return decompose(dense, self.plan)
 
     def _weight_versions(self) -> list[int]:
         """Counters that PyTorch raises whenever a weight is written to."""
@@ -249,7 +287,10 @@ class TRP:
     # -- resuming -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the states of the model and the optimizer: plain values and tensors."""
+        """What a resumed run needs besides the states of the model and the optimizer: plain values and tensors.
+
+        It holds what is whole on this process: with several, any of them may save it, and what is left out is computed anew.
+        """
         return {
             "steps": self.steps,
             "layers": self._shapes(),
@@ -258,7 +299,8 @@ class TRP:
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [(step, dict(ranks)) for step, ranks in self.history],
-            "subgradients": {name: term.clone() for name, term in self._subgradients.items()},
+            "subgradients": {name: term.clone() for name, term in self._subgradients.items() if not is_sharded(term)},
+            "starts": self._starts if self._planner.team.size == 1 else {},
         }
 
     def _shapes(self) -> dict[str, list[int]]:
@@ -294,6 +336,10 @@ class TRP:
         self._subgradients = {
             name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
             for name, term in state["subgradients"].items()
+        }
+        self._starts = {
+            (name, scheme): start.to(self._planner.layers[name].module.get_parameter("weight").device)
+            for (name, scheme), start in state["starts"].items()
         }
 
 

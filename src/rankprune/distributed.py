@@ -1,0 +1,123 @@
+"""Processes that train one model together: who factors which layer, and how the results reach everyone.
+
+Alone, a process is a team of one, and the same code runs without any communication.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rankprune.errors import RankPruneError
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism make of parameters."""
+    module = sys.modules.get("torch.distributed.tensor")  # no tensor can be one before that is imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+class Team:
+    """The processes of a group; with torch.distributed not initialised, a team of one.
+
+    Weights are replicated on all members (DDP) or sharded over them (FSDP2). All members call the methods in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self._group = group
+        self.size = dist.get_world_size(group) if together else 1
+        self.rank = dist.get_rank(group) if together else 0
+
+    @classmethod
+    def alone(cls) -> "Team":
+        """A team of one, whatever is initialised."""
+        team = cls.__new__(cls)
+        team._group, team.size, team.rank = None, 1, 0
+        return team
+
+    def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Give every layer to one member so that all have about equal work: the costliest first, each to the least laden."""
+        load = [0.0] * self.size
+        owner = {}
+        for name in sorted(costs, key=lambda n: (-costs[n], n)):
+            owner[name] = min(range(self.size), key=load.__getitem__)
+            load[owner[name]] += costs[name]
+        return owner
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """A weight in full: itself, or all shards put together."""
+        return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+    def share(self, compute: Callable[[], Mapping[K, V]]) -> dict[K, V]:
+        """What all members computed, together. An error of one becomes an error of all, so that none waits for ever.
+
+        Raises:
+            RankPruneError: on every member, if one of them raised anything; the member's own error is raised there.
+        """
+        if self.size == 1:
+            return dict(compute())
+        mine: Mapping[K, V] = {}
+        error: Exception | None = None
+        try:
+            mine = compute()
+        except Exception as e:
+            error = e
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, (mine, None if error is None else str(error)), group=self._group)
+        if error is not None:
+            raise error
+        for rank, (_, message) in enumerate(answers):
+            if message is not None:
+                raise RankPruneError(f"process {rank} of {self.size}: {message}")
+        return {key: value for part, _ in answers for key, value in part.items()}
+
+    @torch.no_grad()
+    def publish(self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
+        """Write the owners' values into everyone's targets, in place, shards into shards.
+
+        Args:
+            values: the whole tensors, of those targets that this member owns.
+        """
+        if self.size == 1:
+            for name, target in targets.items():
+                target.copy_(values[name])
+            return
+        parcels: dict[tuple[int, torch.dtype, torch.device], list[str]] = defaultdict(list)
+        for name, target in targets.items():
+            if is_sharded(target):
+                self._scatter(target, values.get(name), owner[name])
+            else:
+                parcels[owner[name], target.dtype, target.device].append(name)
+        for (source, dtype, device), names in parcels.items():
+            sizes = [targets[name].numel() for name in names]
+            if source == self.rank:
+                flat = torch.cat([values[name].to(dtype).reshape(-1) for name in names])
+            else:
+                flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            self._broadcast(flat, source)
+            for name, part in zip(names, flat.split(sizes), strict=True):
+                targets[name].copy_(part.view(targets[name].shape))
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        dist.broadcast(tensor, group=self._group, group_src=source)
+
+    def _scatter(self, target: Any, value: Tensor | None, source: int) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = target.device_mesh, target.placements
+        if value is None:
+            value = torch.empty(target.shape, dtype=target.dtype, device=target.to_local().device)
+        value = value.to(target.dtype).contiguous()
+        if mesh.ndim == 1 and mesh.size() == self.size:
+            target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=source))
+        else:  # a mesh of several axes: everyone gets the whole, and keeps its part
+            self._broadcast(value, source)
+            target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
