@@ -11,6 +11,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("rankprune")
 
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    # It is built for another torch, and then two operators have no schema. Without them neither torchvision can be imported nor
+    # what imports it if it is there: lightning, timm, transformers. The library is kept because the schemas go with it.
+    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -16,9 +16,9 @@ ORDER = [
     "schemes",
     "spectrum",
     "linalg",
+    "distributed",
     "layers",
     "cost",
-    "distributed",
     "stopwatch",
     "calibration",
     "latency",
@@ -41,7 +41,10 @@ ORDER = [
     "__main__",
 ]
 # Each is imported in one file, so that one message can say how to install it; PyTorch itself imports the last two.
-OPTIONAL = ["typer", "rich", "matplotlib", "sklearn", "pyarrow", "PIL", "onnxruntime", "onnx", "onnxscript"]
+OPTIONAL = [
+    *("typer", "rich", "matplotlib", "sklearn", "pyarrow", "PIL", "onnxruntime", "onnx", "onnxscript"),
+    *("lightning", "transformers", "accelerate"),
+]
 
 
 def sources() -> dict[str, str]:

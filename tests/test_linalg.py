@@ -261,3 +261,86 @@ def test_the_scan_sees(line: str) -> None:
 @pytest.mark.parametrize("line", ["from rankprune import linalg", "linalg.bases(a, b)", "torch.nn.Linear(2, 2)"])
 def test_the_scan_lets_pass(line: str) -> None:
     assert not factorizations(line)
+
+
+# -- factorisations that start from the last one ----------------------------------------------------------------------
+
+
+def drifted(rows: int, columns: int, rank: int, drift: float) -> tuple[Tensor, Tensor]:
+    """A matrix of low rank after some training, `drift` its new energy's share, and the vectors of what it was before."""
+    k = min(rows, columns)
+    values = torch.linspace(1, 0.1, rank, dtype=torch.float64)
+    low = matrix_with(torch.cat([values, torch.zeros(k - rank, dtype=torch.float64)]), rows, columns)
+    u, _, vh = svd(low)
+    step = matrix_with(torch.arange(1, k + 1).double() ** -0.8, rows, columns)
+    moved = low + step * (drift**0.5 * low.norm() / step.norm())
+    return moved.float(), (u if rows <= columns else vh.mT)[:, :rank].float()
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e-4, 0.01, 0.2])
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (400, 400)])
+def test_started_from_the_last_vectors_the_projection_is_hardly_worse_than_the_best(shape, drift: float) -> None:
+    matrix, start = drifted(*shape, 60, drift)
+    basis = linalg.bases([matrix[None]], ["layer"], [start[None]])[0]
+    assert 60 < basis.values.shape[-1] < 150, "only the leading part"
+    u, s, vh = svd(matrix)
+    tail, rounding = s[60:].square().sum(), 1e-7 * s.square().sum()
+    ours = linalg.project(matrix[None], basis, 60)[0]
+    lost = (matrix.double() - ours.double()).square().sum()
+    assert lost <= 1.02 * tail + rounding
+    assert svd(ours)[1][60:].norm() <= 1e-5 * s.norm()
+    error = basis.spectrum.errors()[60] * s.square().sum()
+    assert abs(error - lost) <= 1e-3 * lost + rounding, "the error told is that of the projection made"
+    u60, v60 = u[:, :60] @ vh[:60], linalg.nuclear_subgradient(matrix[None], basis, 60)[0]
+    if drift <= 0.01:
+        assert (u60 - v60).norm() <= 0.03 * u60.norm()
+    low, term = linalg.project_with_subgradient(matrix[None], basis, 60)
+    assert torch.equal(low[0], ours)
+    assert torch.equal(term[0], v60)
+
+
+def test_new_directions_are_found_also_orthogonal_ones() -> None:
+    matrix, start = drifted(300, 500, 40, 0.0)
+    u, _, vh = svd(matrix)
+    matrix = matrix + (2.0 * u[:, 250:251] @ vh[250:251]).float()  # stronger than all, and orthogonal to what is known
+    basis = linalg.bases([matrix[None]], ["layer"], [start[None]])[0]
+    assert basis.values.shape[-1] < 300
+    assert basis.values[0, 0] == pytest.approx(2.0, rel=1e-3)
+    assert (basis.vectors[0, :, 0].double() @ u[:, 250]).abs() > 0.999
+
+
+def test_the_whole_basis_where_a_start_does_not_pay_or_fit() -> None:
+    for rank, shape, dtype in (
+        (140, (300, 300), torch.float32),
+        (20, (200, 300), torch.float32),
+        (40, (300, 300), torch.float64),
+    ):
+        matrix = matrix_with(torch.linspace(1, 0.1, min(shape)).double(), *shape, dtype)
+        basis = linalg.bases([matrix[None]], ["layer"], [torch.eye(min(shape))[None, :, :rank]])[0]
+        assert basis.values.shape[-1] == min(shape)
+    flat = torch.randn(300, 300)  # nothing converges on noise
+    assert linalg.bases([flat[None]], ["a"], [torch.linalg.qr(flat).Q[None, :, :50]])[0].values.shape[-1] in (66, 300)
+    wrong = torch.eye(301)[None, :, :40]
+    assert linalg.bases([flat[None]], ["a"], [wrong])[0].values.shape[-1] == 300
+
+
+def test_a_start_does_not_hide_what_is_not_finite() -> None:
+    matrix, start = drifted(300, 500, 40, 0.01)
+    matrix[3, 4] = float("inf")
+    with pytest.raises(FactorizationError, match="'layer'"):
+        linalg.bases([matrix[None]], ["layer"], [start[None]])
+
+
+def test_products_stay_exact_where_the_user_lowers_the_precision() -> None:
+    matrix, start = drifted(300, 500, 40, 0.01)
+    exact = linalg.project(matrix[None], factored(matrix[None]), 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = linalg.project(matrix[None], linalg.bases([matrix[None]], ["a"], [start[None]])[0], 40)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        lowered = linalg.project(matrix[None], linalg.bases([matrix[None]], ["a"], [start[None]])[0], 40)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for other in (inside, lowered):
+        assert (other - exact).norm() <= 2e-3 * exact.norm()
+        assert svd(other[0])[1][40:].norm() <= 1e-5 * svd(other[0])[1].norm()

@@ -26,8 +26,8 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 _LARGE = 256
 """Short sides from here on are worth a subspace iteration, and products in float32."""
 _ITERATIONS = 4
-_GAIN = 0.02
-"""Subspace iteration ends when an iteration has found less than this share of the energy that was still missing."""
+_EXCESS = 0.01
+"""Subspace iteration ends when its projection loses hardly more than the best one: by this share of what that loses."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Basis:
 
     Shapes, with k = min(rows, columns) and p <= k: vectors (stack, k, p), one vector a column; values (stack, p) float64;
     energy (stack,) float64, each matrix's sum of squares. `on_rows` tells whether the vectors are left ones (k = rows) or
-    right ones.
+    right ones. `coordinates` (stack, p, other side) are those of the matrix in this basis, where they are at hand.
     """
 
     vectors: Tensor
     values: Tensor
     energy: Tensor
     on_rows: bool
+    coordinates: Tensor | None = None
 
     @property
     def spectrum(self) -> Spectrum:
@@ -73,7 +74,7 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
         else:
             batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
     for members in batches.values():
-        batch = torch.cat([stacks[i].detach() for i in members])
+        batch = torch.cat([stacks[i].detach() for i in members]) if len(members) > 1 else stacks[members[0]].detach()
         labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
         values, vectors = _factor(batch, labels)
         on_rows = batch.shape[1] <= batch.shape[2]
@@ -108,31 +109,33 @@ def _leading(stack: Tensor, start: Tensor) -> Basis | None:
         return None
     on_rows = stack.shape[1] <= stack.shape[2]
     a = _working(stack if on_rows else stack.mT)
-    energy = a.double().square().sum((-2, -1))
+    energy = torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
     start = start.to(a.dtype)
     new = _sketch(a, _extra(rank))  # lets directions in that were not there before
-    y = torch.cat([start, new - start @ (start.mT @ new)], -1)
-    captured = None
+    q = _orthonormal(torch.cat([start, new - start @ (start.mT @ new)], -1))
+    b = q.mT @ a
+    head = torch.linalg.vector_norm(b[..., :rank, :], dim=-1).double().square().sum(-1)  # captured by the first `rank` vectors
     for _ in range(_ITERATIONS):
-        q = _orthonormal(y)
+        q = _orthonormal(a @ b.mT)
         b = q.mT @ a
-        before, captured = captured, b.double().square().sum((-2, -1))
-        if not captured.isfinite().all():
+        wide = b.double()
+        squares, turn = torch.linalg.eigh(wide @ wide.mT)
+        squares, turn = squares.flip(-1).clamp(min=0), turn.flip(-1).to(q.dtype)
+        if not squares.isfinite().all():
             return None
-        if before is not None and ((captured - before) <= _GAIN * (energy - before) + 1e-7 * energy).all():
-            wide = b.double()
-            squares, turn = torch.linalg.eigh(wide @ wide.mT)
-            return Basis(q @ turn.flip(-1).to(q.dtype), squares.flip(-1).clamp(min=0).sqrt(), energy, on_rows)
-        y = a @ b.mT
+        before, head = head, squares[..., :rank].sum(-1)
+        # What the next iteration would still gain: each gains less than the one before by the ratio of what is to be kept
+        # out to what is to be kept in, or faster.
+        ratio = squares[..., -1] / squares[..., rank - 1].clamp(min=torch.finfo(squares.dtype).tiny)
+        if ((head - before).abs() * ratio <= _EXCESS * (energy - head) + 1e-7 * energy).all():
+            return Basis(q @ turn, squares.sqrt(), energy, on_rows, turn.mT @ b)
     return None
 
 
 def _sketch(a: Tensor, columns: int) -> Tensor:
-    """Random signed sums of the columns of `a`, (stack, k, columns), the same ones every time."""
-    generator = torch.Generator().manual_seed(a.shape[-1])
-    place = torch.randperm(a.shape[-1], generator=generator).remainder(columns).to(a.device)
-    sign = torch.randint(0, 2, (a.shape[-1],), generator=generator).mul(2).sub(1).to(a)
-    return a.new_zeros(*a.shape[:-1], columns).index_add_(-1, place, a * sign)
+    """Random combinations of the columns of `a`, (stack, k, columns), the same ones every time."""
+    generator = torch.Generator().manual_seed(columns)
+    return a @ torch.randn(a.shape[-1], columns, generator=generator).to(a)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -201,9 +204,16 @@ def _one_by_one(matrix: Tensor, label: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def project(stack: Tensor, basis: Basis, rank: int) -> Tensor:
     """The nearest stack of rank `rank` (Eckart-Young). Shapes: (stack, rows, columns) -> the same."""
-    a = _working(stack)
-    q = basis.vectors[..., :rank].to(a.dtype)
-    return (q @ (q.mT @ a) if basis.on_rows else (a @ q) @ q.mT).to(stack.dtype)
+    q, c = _split(stack, basis, rank)
+    return _joined(q, c, basis, stack)
+
+
+@torch.no_grad()
+def project_with_subgradient(stack: Tensor, basis: Basis, rank: int | None) -> tuple[Tensor, Tensor]:
+    """project and nuclear_subgradient at once, for less than the two; without a rank, the first is the stack itself."""
+    q, c = _split(stack, basis, rank)
+    low = stack if rank is None else _joined(q, c, basis, stack)
+    return low, _joined(q * _inverse(stack, basis, rank).to(q.dtype), c, basis, stack)
 
 
 @torch.no_grad()
@@ -226,14 +236,30 @@ def nuclear_subgradient(stack: Tensor, basis: Basis, rank: int | None = None) ->
     Shapes: (stack, rows, columns) -> the same. Singular values below max(rows, columns) * eps of the largest count as
     zero, as in torch.linalg.matrix_rank, and so do those after the first `rank`, as of the stack's projection on that rank.
     """
-    eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
-    values = basis.values[..., :rank]
-    tolerance = max(stack.shape[1:]) * eps * values[..., :1]
-    a = _working(stack)
-    weight = torch.where(values > tolerance, 1 / values, 0.0).to(a.dtype)
+    q, c = _split(stack, basis, rank)
+    return _joined(q * _inverse(stack, basis, rank).to(q.dtype), c, basis, stack)
+
+
+def _split(stack: Tensor, basis: Basis, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The first `rank` vectors and the coordinates in them: (stack, k, r) and (stack, r, other side)."""
+    if basis.coordinates is not None:
+        return basis.vectors[..., :rank], basis.coordinates[..., :rank, :]
+    a = _working(stack if basis.on_rows else stack.mT)
     q = basis.vectors[..., :rank].to(a.dtype)
-    scaled = q * weight[..., None, :]
-    return (scaled @ (q.mT @ a) if basis.on_rows else (a @ q) @ scaled.mT).to(stack.dtype)
+    return q, q.mT @ a
+
+
+def _joined(q: Tensor, c: Tensor, basis: Basis, stack: Tensor) -> Tensor:
+    """What vectors and coordinates stand for, in the shape, type and memory order of `stack`."""
+    left, right = (q, c) if basis.on_rows else (c.mT, q.mT)
+    return ((right.mT @ left.mT).mT if stack.mT.is_contiguous() else left @ right).to(stack.dtype)
+
+
+def _inverse(stack: Tensor, basis: Basis, rank: int | None) -> Tensor:
+    """One by each of the first `rank` singular values, a row; 0 where that is nothing but rounding."""
+    eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
+    values = basis.values[..., None, :rank]
+    return torch.where(values > max(stack.shape[1:]) * eps * values[..., :1], 1 / values, 0.0)
 
 
 @dataclass(frozen=True)

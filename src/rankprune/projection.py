@@ -1,6 +1,7 @@
 """Make the weights of a dense model low-rank, in place, at the ranks of a plan."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -90,31 +91,53 @@ def project(model: nn.Module, plan: Plan) -> None:
 def project_factored(planner: Planner, plan: Plan, factored: Factored) -> None:
     """As project, for the weights that `factored` is of; every process of the team computes those it owns."""
     low = {
-        name: option.scheme.to_weight(option.layer.module, linalg.project(stack, basis, rank or 1))
-        for name, option, stack, basis, rank in _owned(planner, plan, factored)
-        if rank is not None
+        owned.name: owned.as_weight(linalg.project(owned.stack, owned.basis, owned.rank or 1))
+        for owned in _owned(planner, plan, factored)
+        if owned.rank is not None
     }
-    weights = {name: planner.layers[name].module.get_parameter("weight") for name in plan.decomposed}
-    planner.team.publish(weights, low, planner.owner)
+    planner.team.publish(_weights(planner, plan.decomposed), low, planner.owner)
 
 
 @torch.no_grad()
-def nuclear_terms(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
-    """U V^T of each considered layer in the shape of its weight; of one the plan decomposes, over the ranks it keeps."""
-    own = {
-        name: option.scheme.to_weight(option.layer.module, linalg.nuclear_subgradient(stack, basis, rank))
-        for name, option, stack, basis, rank in _owned(planner, plan, factored)
-    }
-    terms = {name: torch.empty_like(layer.module.get_parameter("weight")) for name, layer in planner.layers.items()}
+def project_with_subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
+    """As project_factored, and for each considered layer U V^T in the shape of its weight.
+
+    Of a layer that the plan decomposes it is taken over the ranks it keeps. Without a plan nothing is projected.
+    """
+    low, own = {}, {}
+    for owned in _owned(planner, plan, factored):
+        projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
+        own[owned.name] = owned.as_weight(term)
+        if owned.rank is not None:
+            low[owned.name] = owned.as_weight(projected)
+    planner.team.publish(_weights(planner, plan.decomposed if plan else ()), low, planner.owner)
+    terms = {name: torch.empty_like(weight) for name, weight in _weights(planner, planner.layers).items()}
     planner.team.publish(terms, own, planner.owner)
     return terms
 
 
-def _owned(planner: Planner, plan: Plan | None, factored: Factored) -> Iterator[tuple[str, Option, Tensor, Basis, int | None]]:
-    """The layers that this process owns: name, option, stack, basis and planned rank (None: stays dense)."""
+def _weights(planner: Planner, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: planner.layers[name].module.get_parameter("weight") for name in names}
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A layer that this process factored, under the scheme in question; the planned rank is None where it stays dense."""
+
+    name: str
+    option: Option
+    stack: Tensor
+    basis: Basis
+    rank: int | None
+
+    def as_weight(self, stack: Tensor) -> Tensor:
+        return self.option.scheme.to_weight(self.option.layer.module, stack)
+
+
+def _owned(planner: Planner, plan: Plan | None, factored: Factored) -> Iterator[_Owned]:
     for name, options in planner.options.items():
         entry = None if plan is None else plan.decomposed.get(name)
         option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
         key = name, option.scheme.name
         if key in factored.bases:
-            yield name, option, factored.stacks[key], factored.bases[key], entry and entry.rank
+            yield _Owned(name, option, factored.stacks[key], factored.bases[key], entry and entry.rank)

@@ -16,7 +16,7 @@ from rankprune.errors import RankPruneError
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
 from rankprune.planner import Key, Planner
-from rankprune.projection import nuclear_terms, project_factored
+from rankprune.projection import project_factored, project_with_subgradients
 from rankprune.ranks import RankRule
 from rankprune.stopwatch import Stopwatch
 
@@ -107,7 +107,6 @@ class TRP:
         self._stopwatch = Stopwatch()
         self._projected_at: int | None = None
         self._annealed = True
-        self._versions: list[int] = []
         self._subgradients: dict[str, Tensor] = {}
         self._starts: dict[Key, Tensor] = {}
         self._handles: list[Any] = []
@@ -165,7 +164,7 @@ class TRP:
             return None
         with self._stopwatch.running():
             if self.nuclear and self.nuclear_cadence == "step" and not self._subgradients:  # before the first projection
-                self._subgradients = nuclear_terms(self._planner, None, self._planner.factor())
+                self._subgradients = project_with_subgradients(self._planner, None, self._planner.factor())
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
             if closure is None:
                 self._add_subgradients(optimizer)
@@ -223,11 +222,12 @@ class TRP:
             factored = planner.factor(self._starts)
             self.plan = planner.plan(factored, rule)
             self._annealed = rule is not planner.rule
-        project_factored(planner, self.plan, factored)
         if self.nuclear:
-            self._subgradients = nuclear_terms(planner, self.plan, factored)
+            self._subgradients = project_with_subgradients(planner, self.plan, factored)
+        else:
+            project_factored(planner, self.plan, factored)
         self._starts = planner.leading(self.plan, factored)
-        self._projected_at, self._versions = self.steps, self._weight_versions()
+        self._projected_at = self.steps
         self.history.append((self.steps, self.plan.ranks))
         return self.plan
 
@@ -271,7 +271,7 @@ class TRP:
         if self.plan is None or self._projected_at != self.steps or self._annealed:
             self.ramp = min(self.ramp, self.steps)
             self.plan = self.project()
-        elif self._versions != self._weight_versions():  # exchanged since, for those of an average, say
+        else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             project_factored(self._planner, self.plan, self._planner.factor())
         self.detach()
         if into is None:
@@ -279,10 +279,6 @@ class TRP:
         dense = unwrap(into)
         dense.load_state_dict({name: self._planner.team.whole(value) for name, value in self.model.state_dict().items()})
         return decompose(dense, self.plan)
-
-    def _weight_versions(self) -> list[int]:
-        """Counters that PyTorch raises whenever a weight is written to."""
-        return [layer.module.get_parameter("weight")._version for layer in self._planner.layers.values()]
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
@@ -330,7 +326,6 @@ class TRP:
             )
         self.steps = state["steps"]
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
-        self._versions = self._weight_versions()
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._subgradients = {

@@ -282,6 +282,13 @@ def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: in
         "wall_s": round(sum(entry.seconds for entry in log), 1),
         "log": [asdict(entry) for entry in log],
         "config": asdict(e),
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What a result of today, here, was made with."""
+    return {
         "commit": commit(),
         "versions": {
             "rankprune": rankprune.__version__,

@@ -6,26 +6,28 @@ from rankprune.schemes.base import Convolution, ConvolutionScheme, conv_like, fr
 
 
 class Spatial(ConvolutionScheme):
-    """One matrix (c/g * k1, n/g * k2 * ... * kd) per group: the first kernel axis is split from all others.
+    """One matrix (k1 * c/g, n/g * k2 * ... * kd) per group: the first kernel axis is split from all others.
 
-    In one dimension there is nothing else to split from: the second layer is then pointwise.
+    In one dimension there is nothing else to split from: the second layer is then pointwise. Rows run over the input channels
+    fastest and lie one beside the other in memory, as in a channels_last weight, so that such a weight is copied in long runs.
     """
 
     name = "spatial"
     input_on_rows = True
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
-        return patches(layer, x, kernel_axes(layer)[:1])
+        found = patches(layer, x, kernel_axes(layer)[:1])  # (g, samples, c/g * k1)
+        return None if found is None else found.unflatten(2, (-1, layer.kernel_size[0])).transpose(2, 3).flatten(2)
 
     def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         grouped = to_grouped(layer, weight).flatten(4) if len(layer.kernel_size) > 1 else to_grouped(layer, weight)[..., None]
-        return grouped.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # from (g, n/g, c/g, k1, k2 * ... * kd)
+        return grouped.permute(0, 1, 4, 3, 2).flatten(3).flatten(1, 2).mT  # from (g, n/g, c/g, k1, k2 * ... * kd)
 
     def to_weight(self, layer: Convolution, matrices: Tensor) -> Tensor:
         k1, *rest = layer.kernel_size
         n = layer.out_channels // layer.groups
-        grouped = matrices.unflatten(2, (n, -1)).unflatten(1, (-1, k1)).permute(0, 3, 1, 2, 4)
-        return from_grouped(layer, grouped.reshape(*grouped.shape[:4], *rest))
+        grouped = matrices.unflatten(2, (n, -1)).unflatten(1, (k1, -1)).permute(0, 3, 2, 1, 4)
+        return from_grouped(layer, grouped.unflatten(4, rest) if rest else grouped.squeeze(4))
 
     def empty_pair(self, layer: Convolution, rank: int) -> nn.Sequential:
         g, axes = layer.groups, kernel_axes(layer)
@@ -37,7 +39,7 @@ class Spatial(ConvolutionScheme):
     def pair_weights(self, layer: Convolution, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         k1, *rest = layer.kernel_size
         n = layer.out_channels // layer.groups
-        first = left.unflatten(1, (-1, k1)).permute(0, 3, 1, 2)  # (g, r, c/g, k1)
+        first = left.unflatten(1, (k1, -1)).permute(0, 3, 2, 1)  # (g, r, c/g, k1)
         second = right.unflatten(2, (n, -1)).transpose(1, 2)  # (g, n/g, r, k2 * ... * kd)
         second = second.reshape(*second.shape[:3], 1, *rest)
         first = first.reshape(*first.shape, *[1] * len(rest))

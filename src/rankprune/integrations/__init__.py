@@ -1,0 +1,1 @@
+"""TRP in other people's trainers. Each is imported by its own name, like rankprune.integrations.lightning."""

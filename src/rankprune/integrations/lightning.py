@@ -1,0 +1,89 @@
+"""TRP as a callback of Lightning's Trainer."""
+
+from typing import Any
+
+from rankprune.errors import MissingExtraError
+from rankprune.integrations.callback import OwnsTRP
+from rankprune.layers import unwrap
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+
+class TRPCallback(OwnsTRP, Callback):
+    """Trains a LightningModule with TRP, keeps TRP's state in Lightning's checkpoints, and logs ranks, MACs and overhead.
+
+    Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5)`` among the Trainer's `callbacks`; after the fit
+    ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
+    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped.
+
+    Args:
+        submodule: the name of the part to train with TRP, which example_inputs are then for; "" is the whole module.
+        optimizer: the index of the one that holds the weights, where there are several.
+        settings: those of TRP; a float as ramp or freeze is a share of the whole training, and example_inputs are by default
+            the module's `example_input_array`.
+
+    Attributes:
+        trp: the TRP of the present or the last fit; None before the first.
+
+    Raises:
+        RankPruneError: for shares out of range; when a fit starts, whatever TRP and TRP.attach raise.
+    """
+
+    def __init__(self, *, submodule: str = "", optimizer: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.submodule, self.optimizer = submodule, optimizer
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a state that no fit has used, as after testing a checkpoint."""
+        self._restored = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the TRP, or take that of an earlier fit of this module, and attach it."""
+        part = pl_module.get_submodule(self.submodule)
+        trp = self.trp
+        if trp is None or trp.model is not unwrap(part):
+            inputs = self.example_inputs
+            if inputs is None and not self.submodule:
+                inputs = pl_module.example_input_array
+            total_steps = trainer.estimated_stepping_batches if self.needs_length else 0
+            trp = self.start(part, total_steps, trainer.precision_plugin.convert_input(inputs))
+        self.stop()  # an earlier fit may have ended with no word
+        trp.attach(trainer.optimizers[self.optimizer])
+        self._restore()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the state under those strategies that load their checkpoints only now."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.trp is not None and self._restored is not None:
+            self.trp.load_state_dict(self._restored)
+            self._restored = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, where Lightning does."""
+        every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if self.trp is not None and every and trainer.global_step % every == 0:
+            pl_module.log_dict(self.trp.metrics())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        self.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach."""
+        self.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning's checkpoints keep."""
+        return {} if self.trp is None else self.trp.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state from a checkpoint, for the fit that is about to start."""
+        self._restored = state_dict

@@ -1,0 +1,152 @@
+"""What each process of a torchrun does in test_distributed.py: train under TRP together, and compare with one process alone.
+
+torchrun --standalone --nproc-per-node=2 distributed_worker.py MODE
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import rankprune as rp
+
+STEPS, EVERY, BATCH = 7, 3, 8
+
+
+def network() -> nn.Module:
+    """Convolutions, and a Linear large enough for a factorisation to start from the last one."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.Flatten(), nn.Linear(24 * 16, 300), nn.ReLU(), nn.Linear(300, 5))
+    return nn.Sequential(stem, head)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """The same for all processes, each with a multiple of as many images as there are processes."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(BATCH, 3, 8, 8, generator=generator), torch.randint(5, (BATCH,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def train(model: nn.Module, trp: rp.TRP, rank: int, size: int, before_step: Callable[[int], None] = lambda step: None) -> None:
+    """Each of `size` processes takes its part of every batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trp.attach(optimizer)
+    for step, (x, y) in enumerate(batches()):
+        loss = F.cross_entropy(model(x.chunk(size)[rank]), y.chunk(size)[rank])
+        optimizer.zero_grad()
+        loss.backward()
+        before_step(step)
+        optimizer.step()
+
+
+def make(model: nn.Module, group: dist.ProcessGroup | None = None) -> rp.TRP:
+    """The TRP that all modes use."""
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return rp.TRP(
+        model,
+        rule=rp.Budget(macs=0.3),
+        scheme="auto",
+        every=EVERY,
+        nuclear=1e-2,
+        ramp=2 * EVERY,
+        example_inputs=x,
+        process_group=group,
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain copy of a weight, sharded or not."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def compare(mode: str) -> None:
+    """Together and alone end with the same weights, plan and decomposed network; all processes with the very same."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone = [dist.new_group([r]) for r in range(size)][rank]
+    reference = network()
+    reference_trp = make(reference, alone)
+    train(reference, reference_trp, 0, 1)
+
+    model = network()
+    if mode == "fsdp":
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+        trainee: nn.Module = model
+    else:
+        trainee = nn.parallel.DistributedDataParallel(model)
+    trp = make(trainee)
+    train(trainee, trp, rank, size)
+    assert trp._planner.team.size == size
+    owners = set(trp._planner.owner.values())
+    assert owners == set(range(size)), f"the layers are shared out: {owners}"
+    if mode == "fsdp":
+        with pytest.raises(rp.RankPruneError, match="into="):
+            trp.finalize()
+    small, reference_small = trp.finalize(network() if mode == "fsdp" else None), reference_trp.finalize()
+
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        weight = whole(ours)
+        everyone = [torch.empty_like(weight) for _ in range(size)]
+        dist.all_gather(everyone, weight)
+        assert all(torch.equal(weight, other) for other in everyone), f"{name} differs between processes"
+        assert torch.allclose(weight, theirs, rtol=1e-3, atol=1e-4), f"{name} differs from one process alone"
+    assert trp.plan is not None
+    assert reference_trp.plan is not None
+    assert trp.plan.ranks == reference_trp.plan.ranks
+    assert [step for step, _ in trp.history] == [step for step, _ in reference_trp.history]
+    x = batches()[0][0]
+    assert torch.allclose(small(x), reference_small(x), rtol=1e-2, atol=1e-3)
+    with torch.no_grad():
+        assert (small(x) - trainee(x)).abs().max() < 1e-4 if mode == "ddp" else True
+    resumed = make(trainee)
+    resumed.load_state_dict(trp.state_dict())
+
+
+def fail() -> None:
+    """A weight that only its owner sees as broken: the error reaches every process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = network()
+    trp = make(model)
+
+    def damage(step: int) -> None:
+        if step == EVERY - 1:
+            name = next(n for n, owner in trp._planner.owner.items() if owner == 1)
+            if rank == 1:
+                with torch.no_grad():
+                    model.get_submodule(name).weight.fill_(float("nan"))
+
+    with pytest.raises(rp.RankPruneError, match="NaN") as raised:
+        train(model, trp, rank, size, damage)
+    assert isinstance(raised.value, rp.FactorizationError) == (rank == 1)
+    assert rank == 1 or "process 1 of 2" in str(raised.value)
+    print(f"process {rank} was told", flush=True)
+
+
+def die() -> None:
+    """One process is gone in the middle of a training."""
+    model = nn.parallel.DistributedDataParallel(network())
+
+    def kill(step: int) -> None:
+        if step == EVERY and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(model, make(model), dist.get_rank(), dist.get_world_size(), kill)
+    raise AssertionError("went on without the other process")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    {"ddp": lambda: compare("ddp"), "fsdp": lambda: compare("fsdp"), "fail": fail, "die": die}[sys.argv[1]]()
+    dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""A loop of Accelerate's with TRP attached ends with the weights of the plain loop."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data import DataLoader
+
+import rankprune as rp
+import toy
+from rankprune.integrations.accelerate import attach
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its precision and its accumulation in singletons."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+class Run:
+    """A training that can be saved and loaded."""
+
+    def __init__(self, folder: Path, *, clip: bool = False, ramp: int = 10, **settings: Any) -> None:
+        self.accelerator = Accelerator(cpu=True, project_dir=folder, **settings)
+        self.accelerator.init_trackers("run")
+        loader = DataLoader(toy.Data(), batch_size=toy.BATCH)
+        net, self.clip = toy.Net(), clip
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(net, toy.sgd(net), loader)
+        self.trp = attach(rp.TRP(self.model, ramp=ramp, **toy.settings()), self.accelerator, self.optimizer)
+        self.average = toy.moving_average(net)
+
+    def epoch(self) -> None:
+        for batch in self.loader:
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(**batch)["loss"])
+                if self.clip and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), toy.CLIP)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.average.update_parameters(self.model)
+                if self.trp.steps % toy.EVERY == 0:
+                    self.accelerator.log(self.trp.metrics(), step=self.trp.steps)
+
+    def whole(self) -> "Run":
+        for _ in range(toy.EPOCHS):
+            self.epoch()
+        self.accelerator.end_training()
+        return self
+
+
+CASES = {
+    "plain": ({}, {}),
+    "clipping": ({"clip": True}, {"clip": True}),
+    "accumulation": ({"accumulate": 2}, {"gradient_accumulation_steps": 2, "ramp": 5}),
+    "bf16": ({"bf16": True}, {"mixed_precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize(("loop", "settings"), CASES.values(), ids=CASES)
+def test_same_weights_as_the_plain_loop(loop: dict, settings: dict, tmp_path: Path) -> None:
+    expected, run = toy.plain_loop(**loop), Run(tmp_path, **settings).whole()
+    toy.same_weights(run.model, expected.model)
+    toy.same_weights(run.average, expected.average)
+    toy.really_projected(run.trp, 20 // loop.get("accumulate", 1))
+    small = run.accelerator.unwrap_model(run.trp.finalize(), keep_fp32_wrapper=False)
+    toy.finalizes(small, run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    whole = Run(tmp_path).whole()
+
+    part = Run(tmp_path)
+    part.epoch()
+    part.accelerator.save_state(tmp_path / "state")
+
+    resumed = Run(tmp_path)
+    resumed.accelerator.load_state(tmp_path / "state")
+    assert (resumed.trp.steps, resumed.trp.history) == (10, part.trp.history)
+    resumed.epoch()
+    toy.same_weights(resumed.model, whole.model)
+    assert (resumed.trp.steps, resumed.trp.history, resumed.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(resumed.trp.finalize(), whole.trp.finalize())
+
+
+def test_ranks_costs_and_overhead_reach_the_trackers(tmp_path: Path) -> None:
+    run = Run(tmp_path, log_with="tensorboard").whole()
+    toy.good_metrics(toy.scalars(tmp_path), run.trp.history)
+
+
+def test_an_optimizer_that_was_not_prepared() -> None:
+    accelerator, model = Accelerator(cpu=True), toy.Net()
+    optimizer = toy.sgd(model)
+    trp = attach(rp.TRP(model, **toy.settings()), accelerator, optimizer)
+    model(toy.X).sum().backward()
+    optimizer.step()
+    assert trp.steps == 1
+
+
+def test_a_refused_one_is_not_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(rp.RankPruneError, match="another TRP is attached"):
+        attach(rp.TRP(toy.Net(), **toy.settings()), run.accelerator, run.optimizer)
+    run.accelerator.save_state(tmp_path / "state")
+    assert [file.name for file in (tmp_path / "state").glob("custom*")] == ["custom_checkpoint_0.pkl"]

@@ -1,0 +1,193 @@
+"""Lightning's Trainer with TRPCallback ends with the weights of the plain loop."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader
+
+import rankprune as rp
+import toy
+from rankprune.integrations.lightning import TRPCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
+
+class Lit(toy.Net, pl.LightningModule):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(**batch)["loss"]
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self(**batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return toy.sgd(self)
+
+
+def loader() -> DataLoader:
+    return DataLoader(toy.Data(), batch_size=toy.BATCH)
+
+
+def trainer(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    defaults = {"logger": False, "enable_checkpointing": False, "max_epochs": toy.EPOCHS, "log_every_n_steps": toy.EVERY}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **settings})
+
+
+def callback(**more: Any) -> TRPCallback:
+    return TRPCallback(**toy.settings(**{"ramp": 0.5, **more}))
+
+
+CASES = {
+    "plain": ({}, {}),
+    "clipping": ({"clip": True}, {"gradient_clip_val": toy.CLIP}),
+    "accumulation": ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
+    "bf16": ({"bf16": True}, {"precision": "bf16-mixed"}),
+}
+
+
+@pytest.mark.parametrize(("loop", "settings"), CASES.values(), ids=CASES)
+def test_same_weights_as_the_plain_loop(loop: dict, settings: dict) -> None:
+    expected, trp, module = toy.plain_loop(**loop), callback(), Lit()
+    trainer(trp, **settings).fit(module, loader())
+    toy.same_weights(module, expected.model)
+    toy.really_projected(trp.trp, 20 // loop.get("accumulate", 1))
+    toy.finalizes(trp.finalize(), module)
+
+
+def test_the_average_of_the_weights_is_that_of_the_plain_loop() -> None:
+    expected, trp, module = toy.plain_loop(), callback(), Lit()
+    trainer(trp, WeightAveraging(avg_fn=get_ema_avg_fn(toy.DECAY))).fit(module, loader())
+    toy.same_weights(module, expected.average.module)
+    small = trp.finalize()
+    rp.project(module, trp.trp.plan)
+    toy.finalizes(small, module)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.parametrize("averaged", [False, True])
+def test_resumed_is_uninterrupted(tmp_path: Path, averaged: bool) -> None:
+    def fit(stop: int | None = None) -> tuple[TRPCallback, Lit]:
+        trp, module = callback(freeze=0.7), Lit()
+        callbacks = [trp, ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)]
+        if averaged:
+            callbacks.insert(0, WeightAveraging(avg_fn=get_ema_avg_fn(toy.DECAY)))
+        path = f"{tmp_path}/step={stop}.ckpt" if stop else None
+        trainer(*callbacks, enable_checkpointing=True).fit(module, loader(), ckpt_path=path, weights_only=True)
+        return trp, module
+
+    whole, module = fit()
+    for stop in (10,) if averaged else (10, 20):  # the latter is a job started once more after its end
+        trp, resumed = fit(stop)
+        toy.same_weights(resumed, module)
+        assert (trp.trp.steps, trp.trp.history, trp.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(trp.finalize(), whole.finalize())
+
+
+def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:
+    trp = callback()
+    loggers = [TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv")]
+    trainer(trp, logger=loggers).fit(Lit(), loader())
+    toy.good_metrics(toy.scalars(tmp_path), trp.trp.history)
+
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    table = {tag: [float(row[tag]) for row in rows] for tag in rows[0]}
+    toy.good_metrics(table, trp.trp.history)
+    assert table["step"] == [3, 7, 11, 15, 19]  # Lightning counts from 0
+
+
+def test_another_fit_of_the_module_goes_on() -> None:
+    trp, module = callback(ramp=8), Lit()
+    for _ in range(2):
+        trainer(trp, max_epochs=1).fit(module, loader())
+    toy.really_projected(trp.trp, 20)
+
+
+def test_another_module_starts_anew() -> None:
+    trp = callback()
+    trainer(trp).fit(Lit(), loader())
+    first = trp.trp
+    module = Lit()
+    trainer(trp).fit(module, loader())
+    assert trp.trp is not first
+    assert trp.trp.model is module
+    toy.really_projected(trp.trp, 20)
+
+
+def test_testing_a_checkpoint_does_not_disturb_the_next_fit(tmp_path: Path) -> None:
+    trp, module = callback(), Lit()
+    runner = trainer(trp)
+    runner.fit(module, loader())
+    runner.save_checkpoint(tmp_path / "it.ckpt")
+    runner.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False, weights_only=True)
+    trainer(trp).fit(Lit(), loader())
+    toy.really_projected(trp.trp, 20)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_detached_afterwards(fails: bool) -> None:
+    class Failing(Lit):
+        def on_train_epoch_end(self) -> None:
+            if fails:
+                raise KeyError("some failure")
+
+    trp = callback()
+    runner = trainer(trp)
+    if fails:
+        with pytest.raises(KeyError, match="some failure"):
+            runner.fit(Failing(), loader())
+    else:
+        runner.fit(Failing(), loader())
+    steps = trp.trp.steps
+    assert steps == (10 if fails else 20)
+    optimizer = runner.optimizers[0]
+    optimizer.step()
+    assert trp.trp.steps == steps
+    rp.TRP(trp.trp.model, rule=rp.Energy(0.9)).attach(optimizer)
+
+
+def test_the_example_is_the_modules_own_unless_given() -> None:
+    module = Lit()
+    module.example_input_array = {"x": toy.X}
+    trp = callback(example_inputs=None, rule=rp.Budget(macs=0.5))
+    trainer(trp).fit(module, loader())
+    assert trp.trp.plan.macs <= 0.5 * trp.trp.plan.macs_dense
+
+
+def test_one_part_of_the_module_and_the_second_of_its_optimizers() -> None:
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [toy.sgd(self.features), toy.sgd(self.head)]
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            loss = self(**batch)["loss"]
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    trp, module = callback(submodule="head", optimizer=1, example_inputs=torch.zeros(1, 576), ramp=10), Two()
+    trainer(trp).fit(module, loader())
+    assert trp.trp.model is module.head
+    assert [step for step, _ in trp.trp.history] == [4, 8, 12, 16, 20]
+    assert trp.trp.plan.ranks.keys() == {"0"}
+
+
+def test_a_share_of_an_endless_training() -> None:
+    with pytest.raises(rp.RankPruneError, match="length of this training is not known"):
+        trainer(callback(), max_epochs=-1).fit(Lit(), loader())

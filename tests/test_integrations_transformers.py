@@ -1,0 +1,161 @@
+"""The Hugging Face Trainer with TRPCallback ends with the weights of the plain loop."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import rankprune as rp
+import toy
+from rankprune.integrations.transformers import TRPCallback
+
+
+def trainer(folder: Path, model: torch.nn.Module, **settings: Any) -> Trainer:
+    defaults = {
+        "per_device_train_batch_size": toy.BATCH,
+        "num_train_epochs": toy.EPOCHS,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": toy.EVERY,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = TrainingArguments(folder, **{**defaults, **settings})
+    return Trainer(model, args, train_dataset=toy.Data(), optimizers=(toy.sgd(model), None))
+
+
+def callback(**more: Any) -> TRPCallback:
+    return TRPCallback(**toy.settings(**{"ramp": 0.5, **more}))
+
+
+CASES = {
+    "plain": ({}, {}),
+    "clipping": ({"clip": True}, {"max_grad_norm": toy.CLIP}),
+    "accumulation": ({"accumulate": 2}, {"gradient_accumulation_steps": 2}),
+    "bf16": ({"bf16": True}, {"bf16": True}),
+}
+
+
+@pytest.mark.parametrize(("loop", "settings"), CASES.values(), ids=CASES)
+def test_same_weights_as_the_plain_loop(loop: dict, settings: dict, tmp_path: Path) -> None:
+    expected, model = toy.plain_loop(**loop), toy.Net()
+    runner = trainer(tmp_path, model, **settings)
+    trp = callback().attach(runner)
+    runner.train()
+    toy.same_weights(model, expected.model)
+    toy.really_projected(trp.trp, 20 // loop.get("accumulate", 1))
+    small, clean = trp.finalize(), toy.Net()  # the trainer leaves its mixed precision around the forward of the trained one
+    clean.load_state_dict(model.state_dict())
+    toy.finalizes(small, clean)
+
+
+def test_the_average_of_the_weights_is_that_of_the_plain_loop(tmp_path: Path) -> None:
+    class Averaging(TrainerCallback):
+        def on_step_end(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+            average.update_parameters(model)
+
+    expected, model = toy.plain_loop(), toy.Net()
+    average = toy.moving_average(model)
+    runner = trainer(tmp_path, model)
+    trp = callback().attach(runner)
+    runner.add_callback(Averaging())
+    runner.train()
+    toy.same_weights(average, expected.average)
+    model.load_state_dict(average.module.state_dict())
+    toy.finalizes(trp.finalize(), model)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_resumed_is_uninterrupted(tmp_path: Path, moved: bool) -> None:
+    def fit(checkpoint: Path | None = None) -> tuple[TRPCallback, toy.Net]:
+        model = toy.Net()
+        runner = trainer(tmp_path / "run", model, save_strategy="steps", save_steps=6)
+        trp = callback(freeze=0.7).attach(runner)
+        runner.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return trp, model
+
+    whole, model = fit()
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    if moved:
+        checkpoint = Path(shutil.move(checkpoint, tmp_path / "elsewhere"))
+    trp, resumed = fit(checkpoint)
+    toy.same_weights(resumed, model)
+    assert (trp.trp.steps, trp.trp.history, trp.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(trp.finalize(), whole.finalize())
+
+
+def test_a_checkpoint_of_dense_training_starts_trp_anew(tmp_path: Path) -> None:
+    trainer(tmp_path, toy.Net(), save_strategy="steps", save_steps=12).train()
+    runner = trainer(tmp_path, toy.Net())
+    trp = callback(ramp=0).attach(runner)
+    with pytest.warns(UserWarning, match="no state of TRP"):
+        runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert [step for step, _ in trp.trp.history] == [4, 8]
+
+
+def test_without_the_callback_a_checkpoint_is_as_good(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, toy.Net(), save_strategy="steps", save_steps=12)
+    callback().attach(runner)
+    runner.train()
+    trainer(tmp_path, toy.Net()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
+def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, toy.Net(), report_to=["tensorboard"])
+    trp = callback().attach(runner)
+    runner.train()
+    board = {tag.removeprefix("train/"): values for tag, values in toy.scalars(tmp_path).items()}
+    toy.good_metrics(board, trp.trp.history)
+    rows = [row for row in runner.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
+    toy.good_metrics({tag: [row[tag] for row in rows] for tag in rows[0]}, trp.trp.history)
+
+
+@pytest.mark.parametrize("reporters", [[], ["tensorboard"]])
+def test_among_the_trainers_callbacks(tmp_path: Path, reporters: list[str]) -> None:
+    expected, model, trp = toy.plain_loop(), toy.Net(), callback()
+    args = trainer(tmp_path, model, report_to=reporters).args
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner = Trainer(model, args, train_dataset=toy.Data(), optimizers=(toy.sgd(model), None), callbacks=[trp])
+    assert [str(w.message) for w in caught if "metrics will not be there" in str(w.message)] != [] or not reporters
+    runner.train()
+    toy.same_weights(model, expected.model)
+    assert "rankprune/params" in runner.state.log_history[0]
+
+
+def test_another_training_starts_anew_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, toy.Net())
+    trp = callback().attach(runner)
+    runner.train()
+    first = trp.trp
+    runner.train()
+    assert trp.trp is not first
+    assert (first.steps, trp.trp.steps) == (20, 20)
+    raw = runner.optimizer.optimizer
+    raw.step()
+    assert trp.trp.steps == 20
+    assert "rankprune" not in raw.state_dict()["param_groups"][0]
+    rp.TRP(runner.model, rule=rp.Energy(0.9)).attach(raw)
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=16))
+    rows = [{"input_ids": torch.randint(50, (8,)), "labels": i % 2} for i in range(32)]
+    args = TrainingArguments(tmp_path, max_steps=10, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
+    runner = Trainer(model, args, train_dataset=rows)
+    x = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    trp = TRPCallback(rule=rp.Budget(macs=0.5), every=2, ramp=0.5, example_inputs=x).attach(runner)
+    runner.train()
+    small = trp.finalize()
+    assert rp.count(small, x).macs <= 0.5 * rp.count(model, x).macs
+    with torch.no_grad():
+        assert torch.allclose(small.eval()(**x).logits, model.eval()(**x).logits, atol=1e-5)

@@ -1,0 +1,44 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rankprune as rp
+from rankprune.stopwatch import Stopwatch
+
+
+def test_overhead_is_inside_by_outside() -> None:
+    watch = Stopwatch()
+    assert watch.overhead == 0
+    for _ in range(3):
+        with watch.running(torch.device("cpu")):
+            time.sleep(0.01)
+        time.sleep(0.04)
+    assert 0.3 < watch.overhead < 0.6  # 3 x 10 ms by 2 x 40 ms: what follows the last exit does not count
+    assert watch.inside == pytest.approx(0.03, rel=0.5)
+
+
+def test_what_a_trp_adds_and_what_to_log() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    x = torch.randn(8, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.TRP(model, rule=rp.Budget(macs=0.6), every=2, nuclear=1e-3, example_inputs=x)
+    assert trp.metrics() == {"rankprune/overhead": 0.0}
+    trp.attach(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        time.sleep(0.02)
+        optimizer.step()
+    metrics = trp.metrics()
+    assert 0 < trp.overhead == metrics["rankprune/overhead"] < 2
+    assert trp.plan is not None
+    assert metrics["rankprune/macs"] == trp.plan.macs / trp.plan.macs_dense <= 0.6
+    assert metrics["rankprune/params"] == trp.plan.params / trp.plan.params_dense < 1
+    ranks = {name: rank for name, rank in metrics.items() if name.startswith("rankprune/rank/")}
+    assert ranks == {f"rankprune/rank/{name}": rank for name, rank in trp.plan.ranks.items()} != {}
+    trp.detach()
+    again = trp.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert again.overhead == 0, "counted since attach"
