@@ -1,8 +1,9 @@
 """How long one projection takes, against one torch.linalg.svd a layer, and what that makes of a training step.
 
-For every network and scheme: a few steps of training on real images under TRP, then, from the very same weights, in turn
-in one process, a projection as the hooks do it (factorisation from the last one's vectors, ranks by the rule, new weights,
-nuclear factors), one without anything known from before, and torch.linalg.svd of every layer's matrix.
+For every network and scheme: some steps of training on real images under TRP, in small batches; then, from the very same
+weights, in turn in one process, a projection as the hooks do it (factorisation from the last one's vectors, ranks by the
+rule, new weights, nuclear factors), one without anything known from before, torch.linalg.svd of every layer's matrix, and a
+training step on a full batch.
 
     RANKPRUNE_DATA=... python benchmarks/projection.py [--networks resnet20 resnet18 resnet50] [--growth]
 """
@@ -10,7 +11,7 @@ nuclear factors), one without anything known from before, and torch.linalg.svd o
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], str, int, int]] = {
     "resnet18": (lambda: resnet18(10), "imagenette112", 112, 64),
     "resnet50": (lambda: resnet50(10), "imagenette112", 112, 64),
 }
+SMALL_BATCH = 16
 RESULT = Path(__file__).parent / "results" / "projection.json"
 
 
@@ -48,24 +50,21 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
     build, dataset, size, batch = NETWORKS[name]
     model = build()
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
-    batches = TrainBatches(load_images(folders.data / dataset, "train", size), batch)
+    images = load_images(folders.data / dataset, "train", size)
+    small, full = (iter(TrainBatches(images, b).epoch(0)) for b in (SMALL_BATCH, batch))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x = next(iter(batches.epoch(0)))[0]
-    trp = rp.TRP(model, rule=rp.Budget(macs=0.4), scheme=scheme, every=20, nuclear=3e-4, example_inputs=x[:1])
+    x = torch.zeros(1, 3, size, size)
+    trp = rp.TRP(model, rule=rp.Budget(macs=0.4), scheme=scheme, every=20, nuclear=3e-4, example_inputs=x)
     trp.attach(optimizer)
-    steps: list[float] = []
-    stream = iter(batches.epoch(0))
 
-    def step() -> None:
+    def step(stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         images, labels = next(stream)
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    for i in range(20 * (projections + 1) - 1):  # up to the step before a projection
-        took = seconds(step)
-        if (i + 1) % 20:
-            steps.append(took)
+    for _ in range(20 * (projections + 1) - 1):  # up to the step before a projection
+        step(small)
     trp.detach()
     weights, state = {k: v.clone() for k, v in model.state_dict().items()}, trp.state_dict()
     assert trp.plan is not None
@@ -83,27 +82,26 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
         for matrix in matrices:
             torch.linalg.svd(matrix, full_matrices=False)
 
-    times: dict[str, list[float]] = {"projection": [], "projection_cold": [], "svd": []}
+    times: dict[str, list[float]] = {"projection": [], "projection_cold": [], "svd": [], "step": []}
     for i in range(rounds + 1):
         restore()
         taken = {"projection": seconds(trp.project)}
         restore(starts={})
         taken |= {"projection_cold": seconds(trp.project), "svd": seconds(svds)}
+        taken["step"] = seconds(lambda: step(full))
         if i:  # the first is a warm-up
             for key, value in taken.items():
                 times[key].append(value)
     medians = {key: statistics.median(values) for key, values in times.items()}
-    step_s = statistics.median(steps)
     return {
         "network": name,
         "scheme": scheme,
         "batch": batch,
         "size": size,
-        "step_s": step_s,
         **{f"{key}_s": value for key, value in medians.items()},
         "times_faster": medians["svd"] / medians["projection"],
-        "overhead_every_20": medians["projection"] / (20 * step_s),
-        "overhead_every_1": medians["projection"] / step_s,
+        "overhead_every_20": medians["projection"] / (20 * medians["step"]),
+        "overhead_every_1": medians["projection"] / medians["step"],
         "rounds": rounds,
     }
 

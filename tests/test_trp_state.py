@@ -173,7 +173,19 @@ def test_finalize_does_not_prune_twice() -> None:
     trp.finalize()
     assert trp.plan == plan
     assert [step for step, _ in trp.history] == [4, 8]
-    exactly_same(model, weights)
+    for (name, ours), theirs in zip(model.named_parameters(), weights.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7), name
+
+
+def test_finalize_sees_weights_exchanged_through_data() -> None:  # as an average of weights is put in place
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=4).attach(optimizer)
+    train(model, optimizer, range(8))
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter + 0.01 * torch.randn_like(parameter))
+    small = trp.finalize()
+    assert (small.eval()(X) - model.eval()(X)).abs().max() < 1e-4
 
 
 def test_finalize_after_resuming_does_not_prune_twice() -> None:

@@ -102,7 +102,7 @@ def _least_error(options: Sequence[_Options], allowed: int) -> list[int]:
 
     low, high = 1e-30, 1.0  # error per unit of cost; at 1 a single unit outweighs all of a layer's energy
     picks = costs.argmin(1)
-    for _ in range(60):
+    for _ in range(40):
         middle = math.sqrt(low * high)
         trial = (errors + middle * costs).argmin(1)
         if total(trial) <= allowed:

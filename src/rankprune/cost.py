@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
-from rankprune.layers import unwrap
+from rankprune.layers import is_decomposable, unwrap
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with: one tensor, positional arguments, or keyword arguments."""
+_OF_A_PAIR = frozenset(dir(nn.Sequential()))
+"""The attributes that a pair of layers has."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """One module without children: its type, MACs over all its calls, parameters, and the shape of its input in each call.
 
-    `single_input` tells whether every call passed one input and nothing else.
+    `obstacle` tells why a pair of layers could not stand in for the module in this run, or is None.
     """
 
     name: str
@@ -33,7 +36,12 @@ class LayerCost:
     macs: int
     params: int
     input_shapes: tuple[tuple[int, ...], ...]
-    single_input: bool = True
+    obstacle: str | None = None
+
+    @property
+    def single_input(self) -> str | None:
+        """The planner's name for obstacle."""
+        return self.obstacle
 
     @property
     def calls(self) -> int:
@@ -128,17 +136,22 @@ def count(model: nn.Module, x: Inputs) -> Count:
     leaves = {name: m for name, m in model.named_modules() if not any(m.children()) or _is_packed(m)}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in leaves}
     flops = dict.fromkeys(leaves, 0)
-    single = dict.fromkeys(leaves, True)
+    obstacles: dict[str, str] = {}
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         for name, module in leaves.items():
-            before: list[int] = []
+            before: list[int] = []  # empty while the module does not run
+
+            def read(attribute: str, before: list[int] = before, name: str = name) -> None:
+                if not before:
+                    obstacles[name] = f"other code reads its {attribute!r}, which a pair of layers does not have"
 
             def enter(_: nn.Module, args: tuple, kwargs: dict, before: list[int] = before, name: str = name) -> None:
                 if any(isinstance(p, nn.UninitializedParameter) for p in leaves[name].parameters()):
                     raise RankPruneError(f"layer {name!r} is lazy and has no shape yet; run one forward pass first")
                 before.append(counter.get_total_flops())
-                single[name] &= len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"}
+                if len(args) + len(kwargs) != 1 or not kwargs.keys() <= {"input"}:
+                    obstacles[name] = "it is called with more than one argument, like output_size, which a pair does not take"
                 first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
                 shapes[name].append(tuple(first.shape) if first is not None else ())
 
@@ -147,21 +160,57 @@ def count(model: nn.Module, x: Inputs) -> Count:
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(_watched(module, read))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(undisturbed(model))
+        stack.enter_context(_without_gradients(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(counter)
         call(model, x)
     rows = tuple(
-        LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), single[name])
+        LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
         for name, m in leaves.items()
         if shapes[name] or parameter_count(m)
     )
     macs = counter.get_total_flops() // 2
     blind = tuple(row.name for row in rows if row.calls and not row.macs and _should_count(leaves[row.name]))
     return Count(macs, parameter_count(model), rows, macs - sum(row.macs for row in rows), blind)
+
+
+@contextmanager
+def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
+    """Call `read` with the name of every attribute that is read of a decomposable layer and that a pair of layers lacks."""
+    if not is_decomposable(module) or any(is_sharded(p) for p in module.parameters()):  # FSDP reads and writes it
+        yield
+        return
+    kind = type(module)
+
+    def tell(layer: nn.Module, attribute: str) -> Any:
+        if attribute not in _OF_A_PAIR:
+            read(attribute)
+        return kind.__getattribute__(layer, attribute)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": tell, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Parameters that want no gradients: the counter fails on views of those that do, even under no_grad."""
+    lazy = nn.UninitializedParameter
+    wanting = [p for p in model.parameters() if p.requires_grad and not isinstance(p, lazy)]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def parameter_count(module: nn.Module, recurse: bool = True) -> int:

@@ -1,7 +1,7 @@
 """Replace each planned layer by its pair of thin ones, in a copy of the model."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,10 +76,9 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
 def _with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy of the model with each planned layer's pair wherever the layer was referred to, also twice."""
     memo: dict[int, Any] = {id(modules[name]): pair for name, pair in pairs.items()}
-    for module in model.modules():  # weight_norm and the like keep a computed weight, which deepcopy refuses
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    for module in model.modules():  # weight_norm and the like keep a computed tensor, which deepcopy refuses
+        for value in _non_leaves(list(module.__dict__.values())):
+            memo[id(value)] = value.detach().clone()
     try:
         small = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
@@ -94,3 +93,12 @@ def _with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappi
         elif isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
             module.activation_relu_or_gelu = 0
     return small
+
+
+def _non_leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, or in the lists, tuples and dicts that it is of, which are part of a graph."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _non_leaves(part)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rankprune.errors import RankPruneError
-from rankprune.schemes import CONVOLUTIONS
+from rankprune.schemes import CONVOLUTIONS, is_linear
 
-DECOMPOSABLE: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+_KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Selection:
     skipped: tuple[Skipped, ...]
 
 
+def is_decomposable(module: nn.Module) -> bool:
+    """Whether some scheme knows this very type; a subclass may compute something else in its forward."""
+    return type(module) in CONVOLUTIONS or is_linear(module)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside torch.compile and (Distributed)DataParallel wrappers; names refer to it."""
     while True:
@@ -55,19 +60,18 @@ def select(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    calls: Mapping[str, bool] | None = None,
+    calls: Mapping[str, str | None] | None = None,
 ) -> Selection:
     """Sort the modules of `model` that hold a weight of two or more axes into layers and skipped ones.
 
-    Only plain ``nn.Conv*``, ``nn.ConvTranspose*`` and ``nn.Linear`` qualify: a subclass may compute something else in its
-    forward. The first convolution and the last Linear stay dense unless an include pattern names them.
+    Only plain ``nn.Conv*``, ``nn.ConvTranspose*`` and ``nn.Linear`` qualify, and the Conv1D of transformers. The first
+    convolution and the last Linear stay dense unless an include pattern names them.
 
     Args:
         include: shell patterns on module names; only layers that match one are taken. None takes all but the two above.
         exclude: shell patterns of layers to leave dense.
-        calls: for each module that ran in a trial forward pass, where there was one, whether it was called with a single
-            input and nothing else, which is all that a pair can take. A layer that did not run is skipped too, since
-            somebody may read its weight directly.
+        calls: for each module that ran in a trial forward pass, where there was one, why a pair could not stand in for it, or
+            None. A layer that did not run is skipped too, since somebody may read its weight directly.
 
     Raises:
         RankPruneError: if a pattern matches no layer, or the model has nothing to decompose.
@@ -109,7 +113,7 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
 
 def _holds_matrix(module: nn.Module) -> bool:
     """Whether the module itself, not a child, owns a weight that a decomposition could be about."""
-    if isinstance(module, DECOMPOSABLE):
+    if isinstance(module, _KINDS):
         return True
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
         return False
@@ -129,7 +133,7 @@ def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
     return {name: next(n for n in names if n != name) for names in groups for name in names}
 
 
-def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, bool] | None) -> str | None:
+def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, str | None] | None) -> str | None:
     """Why this module cannot be decomposed whatever the scheme, or None."""
     kind = type(module).__name__
     weight = own_weight(module)
@@ -137,8 +141,8 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return f"{kind} has no shape yet; run one forward pass first"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
-    if type(module) not in DECOMPOSABLE:
-        base = next((t.__name__ for t in DECOMPOSABLE if isinstance(module, t)), None)
+    if not is_decomposable(module):
+        base = next((t.__name__ for t in _KINDS if isinstance(module, t)), None)
         return f"{kind} is a subclass of {base} and may compute something else" if base else f"{kind} layers are not supported"
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning); remove that first"
@@ -156,9 +160,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return "its forward has been replaced on the instance"
     if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
-    if calls is not None and not calls[name]:
-        return "it is called with more than one argument, like output_size, which a pair of layers does not take"
-    return None
+    return None if calls is None else calls[name]
 
 
 def _first_convolution_and_last_linear(holders: dict[str, nn.Module]) -> dict[str, str]:

@@ -57,9 +57,10 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
 
     Args:
         names: of the layers, for messages.
-        starts: for each stack the leading vectors (stack, k, r) that it had a little while ago, or None. Where given and worth
-            it, the basis holds somewhat more than r leading vectors; captured energies and hence errors are still exact for the
-            projection it makes, which may capture less than the best one, by a few per cent of what the best one loses.
+        starts: for each stack the leading vectors (stack, k, r) that it had a little while ago, or None. Given at all, large
+            stacks are factored in float32, good enough for what is done again some steps later: singular values below 1e-3
+            of the largest are rounding. Where it is worth it, the basis holds somewhat more than r leading vectors and its
+            projection may lose more than the best one, by about 1 %. Errors told are those of the projection made.
 
     Raises:
         FactorizationError: if a stack holds a value that is not finite, or resists even a float64 SVD on the CPU; it
@@ -68,8 +69,8 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
     found: dict[int, Basis] = {}
     batches: dict[tuple, list[int]] = defaultdict(list)
     for i, stack in enumerate(stacks):
-        start = starts[i] if starts else None
-        if start is not None and (basis := _leading(stack.detach(), start)):
+        basis = _from_start(stack.detach(), starts[i]) if starts else None
+        if basis is not None:
             found[i] = basis
         else:
             batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
@@ -92,6 +93,18 @@ def bases_by_layer(
     return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks], known), strict=True))
 
 
+def _from_start(stack: Tensor, start: Tensor | None) -> Basis | None:
+    """The basis of a large stack, in float32, by way of its last leading vectors if there are some; None if that fails."""
+    if min(stack.shape[1:]) < _LARGE or _working(stack).dtype == torch.float64:
+        return None
+    on_rows = stack.shape[1] <= stack.shape[2]
+    a = _working(stack if on_rows else stack.mT)
+    energy = torch.linalg.vector_norm(a if a.is_contiguous() else a.mT, dim=-1).double().square().sum(-1)
+    if not energy.isfinite().all():
+        return None
+    return (None if start is None else _leading(a, energy, start, on_rows)) or _whole(a, energy, on_rows)
+
+
 def worth_starting(full_rank: int, rank: int) -> bool:
     """Whether so many leading vectors of so many make the next factorisation faster."""
     return full_rank >= _LARGE and rank + _extra(rank) <= full_rank // 2
@@ -102,14 +115,18 @@ def _extra(rank: int) -> int:
     return max(16, rank // 4)
 
 
-def _leading(stack: Tensor, start: Tensor) -> Basis | None:
+def _whole(a: Tensor, energy: Tensor, on_rows: bool) -> Basis | None:
+    """All of the basis of (stack, k, other side), from a Gram matrix in float32."""
+    squares, vectors = torch.linalg.eigh(a @ a.mT)
+    values = squares.flip(-1).double().clamp(min=0).sqrt()
+    return Basis(vectors.flip(-1), values, energy, on_rows) if values.isfinite().all() else None
+
+
+def _leading(a: Tensor, energy: Tensor, start: Tensor, on_rows: bool) -> Basis | None:
     """The leading part of the basis, by subspace iteration; None if it is not worth it, or does not converge."""
-    k, rank = min(stack.shape[1:]), start.shape[-1]
-    if not worth_starting(k, rank) or stack.dtype == torch.float64 or start.shape[:2] != (stack.shape[0], k):
+    rank = start.shape[-1]
+    if start.shape[:2] != a.shape[:2] or not worth_starting(a.shape[1], rank):
         return None
-    on_rows = stack.shape[1] <= stack.shape[2]
-    a = _working(stack if on_rows else stack.mT)
-    energy = torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
     start = start.to(a.dtype)
     new = _sketch(a, _extra(rank))  # lets directions in that were not there before
     q = _orthonormal(torch.cat([start, new - start @ (start.mT @ new)], -1))
@@ -141,6 +158,7 @@ def _sketch(a: Tensor, columns: int) -> Tensor:
 def _orthonormal(y: Tensor) -> Tensor:
     """An orthonormal basis of the columns of (stack, k, p): by Cholesky where they are well apart, else by Householder QR."""
     wide = y.double()
+    wide = wide / torch.linalg.vector_norm(wide, dim=-2, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
     root, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     if failed.any() or (diagonal.amin(-1) <= 1e-4 * diagonal.amax(-1)).any():
@@ -158,8 +176,8 @@ def _working(stack: Tensor) -> Tensor:
 
 def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
     """(b, rows, columns) -> singular values (b, k) float64 descending, and short-side vectors (b, k, k)."""
-    finite = batch.isfinite().flatten(1).all(1)
-    if not finite.all():
+    finite = torch.linalg.vector_norm(batch, dim=(1, 2)).isfinite()  # cheaper than to look at every value
+    if not finite.all() and not (finite := batch.isfinite().flatten(1).all(1)).all():
         name = labels[int(finite.int().argmin())]
         raise FactorizationError(
             f"the weight of layer {name!r} holds NaN or infinite values; the training diverged before this step: lower the "

@@ -10,10 +10,10 @@ from rankprune.errors import RankPruneError
 from rankprune.schemes.base import CONVOLUTIONS, Scheme
 from rankprune.schemes.channel import Channel
 from rankprune.schemes.decoupled import Decoupled
-from rankprune.schemes.linear import Linear
+from rankprune.schemes.linear import Linear, is_linear
 from rankprune.schemes.spatial import Spatial
 
-__all__ = ["CONVOLUTIONS", "SCHEMES", "Scheme", "schemes_for"]
+__all__ = ["CONVOLUTIONS", "SCHEMES", "Scheme", "is_linear", "schemes_for"]
 
 SCHEMES: Mapping[str, Scheme[Any]] = MappingProxyType({s.name: s for s in (Channel(), Spatial(), Decoupled(), Linear())})
 
@@ -32,7 +32,7 @@ def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme[Any], ...],
     convolutional = [name for name in SCHEMES if name != Linear.name]
     if scheme not in (*convolutional, "auto"):
         raise RankPruneError(f"unknown scheme {scheme!r}; choose one of {', '.join([*convolutional, 'auto'])}")
-    if type(layer) is nn.Linear:
+    if is_linear(layer):
         return (SCHEMES[Linear.name],), None
     wanted = [SCHEMES[name] for name in (convolutional if scheme == "auto" else [scheme])]
     reasons = [s.unsupported(layer) for s in wanted]
