@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankprune as rp
 from rankprune.linalg import worth_starting
-from rankprune.recipes.experiment import provenance, write
 from rankprune.recipes.imagenet_resnet import resnet18
+from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "distributed.json"
 NUCLEAR = 1e-3

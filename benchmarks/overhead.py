@@ -20,9 +20,10 @@ from torch.nn import functional as F
 import rankprune as rp
 from rankprune.cost import cpu_name
 from rankprune.recipes.batches import TrainBatches
-from rankprune.recipes.experiment import Folders, commit
+from rankprune.recipes.experiment import Folders
 from rankprune.recipes.images import load_images
 from rankprune.recipes.resnet import resnet
+from rankprune.recipes.runner import commit
 from rankprune.recipes.training import Progress, TrainConfig, train
 
 EVERY, ROUNDS, WARM = 20, 8, 2

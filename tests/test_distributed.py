@@ -1,12 +1,19 @@
+import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rankprune.distributed import Team
+from rankprune.errors import RankPruneError
+from rankprune.recipes.batches import TrainBatches
+from rankprune.recipes.processes import Processes
+from test_recipes_training import coloured, write_parquet
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 needs_gloo = pytest.mark.skipif(
@@ -14,21 +21,21 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def torchrun(mode: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), mode]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150)
+def torchrun(*script: object, **options: Any) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, **options)
 
 
 @needs_gloo
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_equal_one(mode: str) -> None:
-    run = torchrun(mode)
+    run = torchrun(WORKER, mode)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
 @needs_gloo
 def test_an_error_of_one_process_reaches_all() -> None:
-    run = torchrun("fail")
+    run = torchrun(WORKER, "fail")
     assert run.returncode == 0, run.stderr[-4000:]
     assert sorted(run.stdout.split("\n")[:2]) == ["process 0 was told", "process 1 was told"]
 
@@ -36,10 +43,55 @@ def test_an_error_of_one_process_reaches_all() -> None:
 @needs_gloo
 def test_a_process_that_dies_ends_the_run() -> None:
     begin = time.monotonic()
-    run = torchrun("die")
+    run = torchrun(WORKER, "die")
     assert run.returncode != 0
     assert time.monotonic() - begin < 120
     assert "Signal 9" in run.stderr, run.stderr[-4000:]
+
+
+@needs_gloo
+def test_the_recipes_run_under_torchrun(tmp_path: Path) -> None:
+    for split, images in (("train", coloured(48, 8)), ("test", coloured(30, 8, seed=5))):
+        write_parquet(tmp_path / "tiny" / f"{split}-0.parquet", images)
+    rows = [
+        "method = 'trp'",
+        "dataset = 'tiny'",
+        "batch = 16",
+        "[training]",
+        "epochs = 1",
+        "compile = false",
+        "[trp]",
+        "every = 2",
+    ]
+    (tmp_path / "row.toml").write_text("\n".join(rows))
+    results: dict[str, dict] = {}
+    environment = {**os.environ, "RANKPRUNE_DATA": str(tmp_path)}
+    for name in ("together", "alone"):
+        folder = tmp_path / name
+        command = ["-m", "rankprune", "bench", "run", tmp_path / "row.toml", "--results", folder, "--runs", folder]
+        if name == "together":
+            run = torchrun(*command, env=environment)
+        else:
+            run = subprocess.run(
+                [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=150, env=environment
+            )
+        assert run.returncode == 0, run.stderr[-4000:]
+        assert run.stdout.count("result") == 1, "one process talks"
+        results[name] = json.loads((folder / "row.json").read_text())
+    together, alone = results["together"], results["alone"]
+    assert together["log"][0]["loss"] == pytest.approx(alone["log"][0]["loss"], rel=0.3)  # BatchNorm sees half the batch
+    assert together["macs"] <= together["macs_dense"] / 2.2
+    assert together["train_images"] == alone["train_images"] == 48
+
+
+def test_a_batch_is_divided_evenly_or_not_at_all() -> None:
+    parts = [TrainBatches(coloured(20), 8, pad=1, part=Processes(rank, 2).part_of(8)) for rank in range(2)]
+    whole = TrainBatches(coloured(20), 8, pad=1)
+    for first, second, (images, labels) in zip(*(part.epoch(3) for part in parts), whole.epoch(3), strict=True):
+        assert torch.equal(torch.cat([first[0], second[0]]), images)
+        assert torch.equal(torch.cat([first[1], second[1]]), labels)
+    with pytest.raises(RankPruneError, match="cannot be divided among 3"):
+        Processes(0, 3).part_of(8)
 
 
 def test_work_is_shared_out_by_cost() -> None:

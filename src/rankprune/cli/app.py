@@ -17,10 +17,12 @@ from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra
 from rankprune.recipes import experiment as experiments
+from rankprune.recipes import runner
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.digits import demonstrate
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from rankprune.recipes.processes import joined
 from rankprune.recipes.training import TrainConfig
 from rankprune.report.plots import plot_results, plot_training
 from rankprune.report.tables import markdown_table, read_results, replace_between_marks
@@ -130,9 +132,11 @@ def bench_run(
 
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
-    with TrainingBars(experiment.training.epochs) as bars:
-        result = experiments.run(experiment, folders, bars.named(experiment.method))
-    path = experiments.write(result, out / f"{name}.json")
+    with joined() as processes, TrainingBars(experiment.training.epochs if processes.first else 0) as bars:
+        result = runner.run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
+    if result is None:  # another process has it
+        return
+    path = runner.write(result, out / f"{name}.json")
     rows = [
         (
             "dense",

@@ -35,6 +35,7 @@ class TrainBatches:
         batch: images per batch.
         pad: pixels of black border that crops may reach into; 0 for no crops.
         flip: whether to mirror half of the images.
+        part: of every batch, to yield; the whole batch is drawn all the same, so that parts of several processes add up to it.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TrainBatches:
         flip: bool = True,
         normalize: Normalize | None = None,
         device: str | torch.device = "cpu",
+        part: slice = slice(None),
     ) -> None:
         if batch < 1:
             raise RankPruneError(f"batch={batch}: give at least one image a batch")
@@ -54,28 +56,28 @@ class TrainBatches:
         self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(device)
         self.labels = data.labels.to(device)
         self.height, self.width = data.images.shape[1:3]
-        self.batch, self.seed = batch, seed
+        self.batch, self.seed, self.part = batch, seed, part
         self.normalize = normalize or Normalize()
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of epoch `number`: images (batch, 3, h, w) float32 and labels (batch,)."""
+        """Yield the batches of epoch `number`, or this part of them: images (batch, 3, h, w) float32 and labels (batch,)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         for index in order[: len(self) * self.batch].view(-1, self.batch):
-            yield self.normalize(self._crop(index, generator)), self.labels[index]
+            yield self.normalize(self._crop(index, generator)), self.labels[index[self.part]]
 
     def _crop(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Random crops and flips of the images at `index` (b,) -> (b, height, width, 3) uint8."""
+        """Random crops and flips of this part of the images at `index` (b,) -> (b, height, width, 3) uint8."""
         draws = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
         flip = torch.randint(2, (self.batch, 1), generator=generator).bool() & self.flip
         rows = draws[0] + torch.arange(self.height)  # (b, height)
         across = torch.arange(self.width)
         columns = draws[1] + torch.where(flip, self.width - 1 - across, across)  # (b, width)
-        device = self.images.device
-        return self.images[index[:, None, None], rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
+        index, rows, columns = (each[self.part].to(self.images.device) for each in (index, rows, columns))
+        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def eval_batches(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,6 +105,9 @@ def train(
 ) -> list[EpochLog]:
     """Train `model` in place and return a log of its epochs.
 
+    With torch.distributed initialised, all processes call it, each with its part of the batches; gradients are averaged over
+    them (DistributedDataParallel), and the first one writes the checkpoint, in a folder that all of them see.
+
     Args:
         trp: attached to the optimizer for the length of the training, then detached; finalize() is left to the caller.
         teacher: the network whose answers config.distill weighs; run in eval mode, otherwise left as it is.
@@ -132,7 +136,9 @@ def train(
     if checkpoint is not None and checkpoint.is_file():
         log = _resume(checkpoint, model, optimizer, trp, settings)
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_native_bfloat16(device))
-    forward = torch.compile(model) if config.compile else model
+    together = dist.is_available() and dist.is_initialized()
+    shared = nn.parallel.DistributedDataParallel(model) if together else model
+    forward = torch.compile(shared) if config.compile else shared
     total = config.epochs * len(batches)
     model.train()
     with nullcontext() if trp is None else _attached(trp, optimizer):
@@ -152,12 +158,15 @@ def train(
                 losses += loss.detach()
                 if on_step is not None:
                     on_step(Progress(epoch, i + 1, len(batches), lr, loss.detach()))
+            if together:
+                dist.all_reduce(losses)
+                losses /= dist.get_world_size()
             mean = float(losses) / len(batches)
             if not math.isfinite(mean):
                 raise RankPruneError(f"the loss is {mean} after epoch {epoch}: lower the learning rate (lr={config.lr})")
             seconds = round(time.perf_counter() - begin, 2)
             log.append(EpochLog(epoch, mean, seconds, trp.plan.ranks if trp is not None and trp.plan is not None else {}))
-            if checkpoint is not None:
+            if checkpoint is not None and (not together or dist.get_rank() == 0):
                 _write(checkpoint, model, optimizer, trp, settings, log)
     return log
 

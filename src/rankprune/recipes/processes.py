@@ -1,0 +1,57 @@
+"""The processes that run a recipe together: those that torchrun or accelerate launch started, or just this one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rankprune.errors import RankPruneError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes files and talks."""
+        return self.rank == 0
+
+    def part_of(self, batch: int) -> slice:
+        """The part of every batch that this process takes.
+
+        Raises:
+            RankPruneError: if the batch cannot be divided evenly.
+        """
+        if batch % self.size:
+            raise RankPruneError(f"a batch of {batch} images cannot be divided among {self.size} processes; use a multiple")
+        share = batch // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that the launcher's environment variables name, for the length of the block.
+
+    Each takes the GPU of its local rank, where there are GPUs, otherwise the CPU.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{local}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Processes(device=device)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

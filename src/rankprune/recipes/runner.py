@@ -1,0 +1,213 @@
+"""Run an experiment: one network trained and decomposed, one JSON."""
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankprune
+from rankprune.checkpoint import load, load_exactly, read_tensors, save, save_tensors
+from rankprune.cost import count, cpu_name, measure_together
+from rankprune.decompose import decompose
+from rankprune.errors import RankPruneError
+from rankprune.plan import Plan
+from rankprune.planner import make_plan
+from rankprune.projection import planned_spectra
+from rankprune.recipes.batches import TrainBatches, eval_batches
+from rankprune.recipes.evaluation import top1
+from rankprune.recipes.experiment import Experiment, Folders
+from rankprune.recipes.images import ImageSet, load_images
+from rankprune.recipes.processes import Processes
+from rankprune.recipes.resnet import resnet
+from rankprune.recipes.training import EpochLog, Progress, train
+from rankprune.rules import parse_rule
+from rankprune.trp import TRP
+
+
+def run(
+    experiment: Experiment,
+    folders: Folders,
+    on_step: Callable[[Progress], None] | None = None,
+    processes: Processes | None = None,
+) -> dict[str, Any] | None:
+    """Run an experiment, or what is left of it, and return its result, ready for JSON.
+
+    The run's folder gets dense.safetensors (the weights before decomposition), the artefact, and the checkpoint. All figures
+    of the decomposed network are those of the artefact loaded again. Of several processes, which train together and must
+    all see the folder, the first one does the rest alone, and the others return None.
+
+    Raises:
+        RankPruneError: for missing data or weights, and for whatever a bad config leads to.
+    """
+    e, folder = experiment, folders.runs / experiment.name
+    processes = processes or Processes()
+    device = processes.device
+    torch.manual_seed(e.training.seed)
+    source = folders.data / e.dataset if (folders.data / e.dataset).is_dir() else folders.data
+    train_set = load_images(source, "train")
+    if e.holdout:
+        train_set, test_set = train_set.split(e.holdout)
+    else:
+        test_set = load_images(source, "test")
+
+    def network(weights: str | None = None) -> nn.Module:
+        made = resnet(e.model, len(train_set.classes))
+        nn.utils.convert_conv2d_weight_memory_format(made, torch.channels_last)
+        if weights:
+            load_exactly(made, read_tensors(_weights_file(weights, folders)), weights)
+        return made.to(device)
+
+    model = network(e.start)
+    teacher = network(e.teacher or e.start) if e.training.distill else None
+    x = next(eval_batches(test_set, 1, device=device))[0]
+    part = processes.part_of(e.batch)
+    batches = TrainBatches(train_set, e.batch, seed=e.training.seed, device=device, part=part)
+    log, plan, small = _train(e, model, teacher, batches, x, folder / "checkpoint.pt", on_step)
+    if not processes.first:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "dense.safetensors", model)
+    result = _describe(e, log, len(train_set), len(test_set))
+    if plan is None or small is None:
+        cost = count(model, x)
+        result |= {"macs_dense": cost.macs, "params_dense": cost.params}
+        result |= {"top1_dense": top1(model, eval_batches(test_set, device=device))}
+    else:
+        if e.reference:
+            result["top1_dense"] = top1(network(e.reference), eval_batches(test_set, device=device))
+        save(folder / "artefact", small, plan)
+        small = load(folder / "artefact", network())
+        result |= _compare(model, small, plan, test_set, x)
+        start = model if e.method.startswith("decompose") else network(e.start)
+        result["spectra"] = {"before": _rounded_spectra(start, plan), "after": _rounded_spectra(model, plan)}
+    return result
+
+
+def _weights_file(source: str, folders: Folders) -> Path:
+    if source.startswith("run:"):
+        file = folders.runs / source.removeprefix("run:") / "dense.safetensors"
+        if not file.is_file():
+            raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
+        return file
+    return folders.models / source
+
+
+def _train(
+    e: Experiment,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: TrainBatches,
+    x: torch.Tensor,
+    checkpoint: Path,
+    on_step: Callable[[Progress], None] | None,
+) -> tuple[list[EpochLog], Plan | None, nn.Module | None]:
+    """Do what the method says: the log of the training, and the plan and the decomposed network where there is one."""
+    learn = partial(train, batches=batches, config=e.training, teacher=teacher, checkpoint=checkpoint, on_step=on_step)
+    rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
+    if e.method == "dense":
+        return learn(model), None, None
+    if e.method.startswith("decompose"):
+        plan = make_plan(model, x, scheme=scheme, rule=rule)
+        small = decompose(model, plan)
+        return learn(small) if e.method == "decompose+finetune" else [], plan, small
+    steps = e.training.epochs * len(batches)
+    trp = TRP(
+        model,
+        rule=rule,
+        scheme=scheme,
+        every=e.trp.every,
+        nuclear=e.trp.nuclear,
+        nuclear_cadence=e.trp.nuclear_cadence,
+        ramp=round(e.trp.ramp * steps),
+        freeze=None if e.trp.freeze is None else round(e.trp.freeze * steps),
+        example_inputs=x,
+    )
+    log = learn(model, trp=trp)
+    small = trp.finalize()
+    return log, trp.plan, small
+
+
+def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet, x: torch.Tensor) -> dict[str, Any]:
+    batch = next(eval_batches(test_set, 64, device=x.device))[0]
+    before, after = count(model, x), count(small, x)
+    times = measure_together({"dense": model, "small": small}, batch)
+    return {
+        "top1_before_decomposition": top1(model, eval_batches(test_set, device=x.device)),
+        "top1": top1(small, eval_batches(test_set, device=x.device)),
+        "macs_dense": before.macs,
+        "macs": after.macs,
+        "params_dense": before.params,
+        "params": after.params,
+        "ms_dense": round(times["dense"].median_ms, 3),
+        "ms": round(times["small"].median_ms, 3),
+        "ms_batch": len(batch),
+        "ms_spread": round(max(t.spread for t in times.values()), 3),
+        "ranks": plan.ranks,
+    }
+
+
+def _rounded_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
+    return {name: [float(f"{v:.3g}") for v in values] for name, values in planned_spectra(model, plan).items()}
+
+
+def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int) -> dict[str, Any]:
+    return {
+        "name": e.name,
+        "model": e.model,
+        "dataset": e.dataset,
+        "method": e.method,
+        "scheme": None if e.method == "dense" else e.trp.scheme,
+        "epochs": e.training.epochs if e.method != "decompose" else 0,
+        "seed": e.training.seed,
+        "train_images": trained_on,
+        "test_images": tested_on,
+        "test_split": "holdout" if e.holdout else "test",
+        "wall_s": round(sum(entry.seconds for entry in log), 1),
+        "log": [asdict(entry) for entry in log],
+        "config": asdict(e),
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What a result of today, here, was made with."""
+    return {
+        "commit": commit(),
+        "versions": {
+            "rankprune": rankprune.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file is in, with a + if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write a result to a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
