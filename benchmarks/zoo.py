@@ -21,10 +21,11 @@ from zoo.full_rank import full_rank_plan  # noqa: E402
 
 HEAD = """# Models
 
-{count} architectures, decomposed. Written by `python benchmarks/zoo.py` with {versions}. `tests/test_zoo.py` asks of
-each that it computes the same at full rank, that a low-rank one has the MACs of its plan, that plan and network survive
-saving and loading, that a step of training under TRP ends in an exact decomposition, that tied weights stay tied, and
-that `generate()` still works.
+{count} architectures, decomposed. Written by `python benchmarks/zoo.py` with {versions}.
+
+`tests/test_zoo.py` asks of each that it computes the same at full rank, that a low-rank one has the MACs of its plan,
+that plan and network survive saving and loading, that a step of training under TRP ends in an exact decomposition, that
+tied weights stay tied, and that `generate()` still works.
 
 The weights are random with spectra that decay, for nothing is downloaded: MACs at `Energy(0.9)` show that the rule
 works, not what it does to a trained network. Those at `RankFraction(0.25)` depend on no weights. Many networks are

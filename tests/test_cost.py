@@ -232,6 +232,41 @@ def test_tied_weights_are_one_set_of_parameters() -> None:
     assert rp.count(model, torch.zeros(1, 4)).params == 16
 
 
+class Positions(nn.Module):
+    """Gives a layer a part of one of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 4)
+        self.layer.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.table[: x.shape[0]])
+
+
+def test_parts_of_parameters_may_be_inputs_of_layers() -> None:
+    model = Positions()
+    assert rp.count(model, torch.zeros(3, 4)).macs == 3 * 4 * 4
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False]
+
+
+class Scale(nn.Module):
+    """One factor for each channel, as ConvNeXt's blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def test_a_scale_for_each_channel_is_no_matrix() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Scale()), torch.zeros(1, 3, 8, 8)
+    assert rp.count(model, x).uncounted == ()
+    assert [layer.name for layer in rp.make_plan(model, x, rule=rp.FixedRank(1)).layers] == ["0", "1"]
+
+
 def test_measure() -> None:
     model, x = nn.Linear(256, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
     timing = rp.measure(model, x, runs=7, warmup=1)

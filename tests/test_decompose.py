@@ -197,6 +197,25 @@ def test_weight_normed_layers_stay_and_work(normed: Callable) -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
+class Keeping(nn.Module):
+    """Keeps what it computed, as torchvision's RAFT does in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = {"levels": [self.first(x)]}
+        return self.last(self.kept["levels"][0])
+
+
+def test_a_model_that_keeps_parts_of_a_graph_in_lists_is_copied() -> None:
+    model, x = Keeping(), torch.randn(2, 32)
+    model(x).sum().backward()
+    plan = at_full_rank(rp.make_plan(model, x, rule=rp.FixedRank(4)))
+    torch.testing.assert_close(rp.decompose(model, plan)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_wrapper_is_taken_off() -> None:
     model = convolutional()
     plan = rp.make_plan(torch.compile(model, backend="eager"), rule=rp.FixedRank(2))

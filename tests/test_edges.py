@@ -1,6 +1,7 @@
 """What a sceptical user tried on the library: strange models, exchanged weights, misused arguments."""
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -150,7 +151,7 @@ class Stubborn(nn.Module):
 class Locked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.kept = network(), [torch.ones(1, requires_grad=True) * 2]
+        self.body, self.kept = network(), [threading.Lock()]
 
 
 @pytest.mark.parametrize(("kind", "message"), [(Stubborn, "__deepcopy__ of this Stubborn"), (Locked, "cannot be copied")])

@@ -250,6 +250,38 @@ def test_a_transposed_convolution_called_with_an_output_size_still_runs() -> Non
         assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)
 
 
+class Reading(nn.Module):
+    """Uses a layer, and reads `attribute` of it as transformers' T5 reads wo.weight.dtype and its Whisper conv2.stride."""
+
+    def __init__(self, attribute: str, when: bool = True) -> None:
+        super().__init__()
+        self.plain, self.read, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.read.scale = 2.0
+        self.attribute, self.when = attribute, when
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(self.plain(x))
+        if self.when:
+            getattr(self.read, self.attribute)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("attribute", ["weight", "bias", "in_features", "scale"])
+def test_a_layer_of_which_other_code_reads_what_a_pair_lacks_stays(attribute: str) -> None:
+    model, x = Reading(attribute), torch.randn(8, 16)
+    plan = rp.make_plan(model, x, rule=rp.FixedRank(2))
+    assert plan.ranks == {"plain": 2}
+    assert f"other code reads its {attribute!r}" in plan.skipped["read"]
+    rp.decompose(model, plan)(x)
+    assert {type(m) for m in (model.plain, model.read, model.last)} == {nn.Linear}
+
+
+@pytest.mark.parametrize(("attribute", "when"), [("training", True), ("parameters", True), ("weight", False)])
+def test_what_a_pair_has_may_be_read(attribute: str, when: bool) -> None:
+    plan = rp.make_plan(Reading(attribute, when), torch.randn(8, 16), rule=rp.FixedRank(2))
+    assert plan.ranks == {"plain": 2, "read": 2}
+
+
 class TwoNames(nn.Module):
     def __init__(self) -> None:
         super().__init__()

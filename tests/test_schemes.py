@@ -248,6 +248,17 @@ def test_auto_means_every_scheme_that_can_express_the_layer() -> None:
     assert names(nn.Linear(4, 4)) == ["linear"]
 
 
+def test_the_conv1d_of_transformers_is_a_linear_layer() -> None:
+    layer, x = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4), torch.randn(2, 3, 4)
+    (scheme,), _ = schemes_for("auto", layer)
+    nn.init.normal_(layer.bias)
+    matrices = scheme.to_matrices(layer, layer.weight)
+    assert (scheme.name, matrices.shape) == ("linear", (1, 6, 4))
+    assert torch.equal(scheme.to_weight(layer, matrices), layer.weight)
+    assert_same_output(full_pair(scheme, layer), layer, x)
+    torch.testing.assert_close(scheme.input_patches(layer, x) @ matrices.mT + layer.bias, layer(x).flatten(0, 1)[None])
+
+
 @pytest.mark.parametrize("name", [*CONV_SCHEMES, "auto"])
 def test_linear_layers_always_use_the_linear_scheme(name: str) -> None:
     assert [s.name for s in schemes_for(name, nn.Linear(4, 4))[0]] == ["linear"]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
-from rankprune.layers import is_decomposable, unwrap
+from rankprune.layers import is_decomposable, is_matrix, unwrap
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with: one tensor, positional arguments, or keyword arguments."""
@@ -37,11 +37,6 @@ class LayerCost:
     params: int
     input_shapes: tuple[tuple[int, ...], ...]
     obstacle: str | None = None
-
-    @property
-    def single_input(self) -> str | None:
-        """The planner's name for obstacle."""
-        return self.obstacle
 
     @property
     def calls(self) -> int:
@@ -222,7 +217,7 @@ def _should_count(module: nn.Module) -> bool:
     """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix that is not a lookup table."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return False
-    return any(p.dim() >= 2 for p in module.parameters()) or _is_packed(module)
+    return any(is_matrix(p) for p in module.parameters()) or _is_packed(module)
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
 from rankprune.schemes import CONVOLUTIONS, is_linear
@@ -119,7 +119,12 @@ def _holds_matrix(module: nn.Module) -> bool:
         return False
     own = [p for _, p in module._parameters.items() if p is not None]
     packed = inspect.ismethod(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
-    return packed or any(isinstance(p, nn.UninitializedParameter) or p.dim() >= 2 for p in own)
+    return packed or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether it is longer than 1 along two axes or more; scales of shape (c, 1, 1) and class tokens (1, 1, c) are vectors."""
+    return sum(length > 1 for length in parameter.shape) >= 2
 
 
 def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:

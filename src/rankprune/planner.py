@@ -88,7 +88,7 @@ class Planner:
         self.scheme, self.rule, self.round_to = scheme, rule, round_to
         counted = None if example_inputs is None else count(self.model, example_inputs)
         costs = {row.name: row for row in counted.layers} if counted else {}
-        calls = {name: row.single_input for name, row in costs.items() if row.calls} if counted else None
+        calls = {name: row.obstacle for name, row in costs.items() if row.calls} if counted else None
         selection = select(self.model, include, exclude, calls)
         self._uncounted = counted.uncounted if counted else ()
         self._cost = Cost(counted.macs if counted else None, parameter_count(self.model))

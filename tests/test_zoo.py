@@ -1,0 +1,111 @@
+"""Networks that people use, decomposed: at full rank they compute the same, at lower ranks they cost less."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+from zoo import ZOO, Architecture, difference, outputs, run
+from zoo.full_rank import full_rank_plan
+
+ROUNDING = 1e-4
+"""The largest difference allowed, relative to the largest output."""
+
+
+@pytest.mark.parametrize("name", [a.name for a in ZOO.values() if a.fast])
+def test_a_few_of_the_zoo(name: str, tmp_path: Path) -> None:
+    check(ZOO[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [a.name for a in ZOO.values() if not a.fast])
+def test_the_rest_of_the_zoo(name: str, tmp_path: Path) -> None:
+    check(ZOO[name], tmp_path)
+
+
+def test_the_table_in_the_docs_has_a_row_for_each() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "models.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+    assert [row[1] for row in rows] == list(ZOO), "run benchmarks/zoo.py"
+    assert len(ZOO) >= 65
+
+
+def check(architecture: Architecture, folder: Path) -> None:
+    """All that is asked of an architecture; each part starts from the same weights and leaves them alone, save the last."""
+    pytest.importorskip(architecture.library)
+    model = architecture.model()
+    before = state(model)
+    check_full_rank(architecture, model)
+    check_low_rank(architecture, model, rp.Energy(0.9), folder / "energy")
+    check_low_rank(architecture, model, rp.RankFraction(0.25), folder / "fraction")
+    assert_equal(state(model), before)
+    check_training(architecture, model)
+
+
+def check_full_rank(architecture: Architecture, model: nn.Module) -> None:
+    """Same outputs, same tokens, and what was tied is tied."""
+    x = architecture.inputs()
+    wanted = run(model, x)
+    assert any(t.numel() > 1 and float(t.std()) > 0.01 for t in wanted)
+    plan = full_rank_plan(model, x, architecture.scheme)
+    assert plan.decomposed
+    small = rp.decompose(model, plan)
+    assert difference(run(small, x), wanted) < ROUNDING
+    assert bool(ties(model)) == architecture.tied
+    assert ties(small) == ties(model)
+    if architecture.generates:
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        assert torch.equal(small.generate(**x, **options), model.generate(**x, **options))
+
+
+def check_low_rank(architecture: Architecture, model: nn.Module, rule: rp.Energy | rp.RankFraction, folder: Path) -> None:
+    """Fewer MACs, a reason for each layer left alone, and files that give plan and network back."""
+    x = architecture.inputs()
+    plan = rp.make_plan(model, x, scheme=architecture.scheme, rule=rule)
+    assert plan.decomposed
+    assert all(plan.skipped.values())
+    assert rp.Plan.from_json(plan.to_json()) == plan
+    small = rp.decompose(model, plan)
+    assert rp.count(small, x).macs == plan.macs
+    assert plan.macs < plan.macs_dense
+    rp.save(folder, small, plan)
+    loaded = rp.load(folder, architecture.model(seed=1))
+    assert difference(run(loaded, x), run(small, x)) == 0
+    assert ties(loaded) == ties(small)
+
+
+def check_training(architecture: Architecture, model: nn.Module) -> None:
+    """One step under TRP; what finalize then returns computes what the projected network does."""
+    x = architecture.inputs()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trp = rp.TRP(model, scheme=architecture.scheme, rule=rp.RankFraction(0.25), every=1, example_inputs=x).attach(optimizer)
+    loss = sum(t.square().mean() for t in outputs(model.train(), x) if t.requires_grad)
+    loss.backward()
+    optimizer.step()
+    small = trp.finalize().eval()
+    assert difference(run(small, x), run(model.eval(), x)) < ROUNDING
+
+
+def ties(model: nn.Module) -> set[tuple[str, ...]]:
+    """The names of the embeddings and heads that share a weight."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {tuple(group) for group in names.values() if len(group) > 1}
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All of a network that must be left alone, copied."""
+    modules = dict(model.named_modules())
+    kinds = {f"{name}: {type(m).__name__}": (m.training, len(m._forward_hooks)) for name, m in modules.items()}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()} | kinds
+
+
+def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value, name
