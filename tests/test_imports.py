@@ -40,7 +40,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-# Each is imported in one file, so that one message can say how to install it; PyTorch itself imports the last two.
+# Each is imported in one file, so that one message can say how to install it; typer in one folder.
 OPTIONAL = [
     *("typer", "rich", "matplotlib", "sklearn", "pyarrow", "PIL", "onnxruntime", "onnx", "onnxscript"),
     *("lightning", "transformers", "accelerate"),
@@ -135,7 +135,7 @@ def test_an_optional_package_is_imported_in_one_file(package: str) -> None:
     files = importers(package, sources())
     if not files:
         pytest.skip("nothing imports it")
-    assert len(files) == 1
+    assert len(files) == 1 or (package == "typer" and all(path.startswith("cli/") for path in files))
 
 
 def test_the_optional_check_sees_late_imports() -> None:

@@ -1,0 +1,16 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelSpec = Annotated[str, typer.Option("--model", help="Builder of the dense model, package.module:callable.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Its weights: .pt, .pth, .th or .safetensors.")]
+Artefact = Annotated[Path | None, typer.Option(help="Folder of a decomposed model, instead of a checkpoint.")]
+InputShape = Annotated[str, typer.Option("--input", help="Shape of one batch, like 1,3,224,224; int:1,128 for tokens.")]
+SchemeName = Annotated[str, typer.Option(help="channel, spatial, decoupled or auto.")]
+Rule = Annotated[str, typer.Option(help="Rank rule: Budget(macs=0.4), Energy(keep=0.98), ...")]
+Include = Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; repeatable.")]
+RoundTo = Annotated[int, typer.Option(help="Round ranks up to a multiple.")]

@@ -1,0 +1,98 @@
+"""rankprune train, and rankprune bench run: the recipes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankprune.cli.console import TrainingBars, say, show_table
+from rankprune.cli.options import Rule, SchemeName
+from rankprune.recipes import experiment as experiments
+from rankprune.recipes import runner
+from rankprune.recipes.processes import joined
+from rankprune.recipes.training import TrainConfig
+
+
+def train(
+    model: Annotated[str, typer.Option(help="resnet20, 32, 44, 56 or 110.")] = "resnet20",
+    data: Annotated[
+        Path | None, typer.Option(help="CIFAR-10 files, parquet or an image folder; default $RANKPRUNE_DATA.")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="Pretrained weights to go on from.")] = None,
+    method: Annotated[str, typer.Option(help="trp, trp+nu, dense or decompose.")] = "trp",
+    scheme: SchemeName = "spatial",
+    rule: Rule = "Budget(macs=1/2.2)",
+    every: Annotated[int, typer.Option(help="Optimizer steps between projections.")] = 20,
+    nuclear: Annotated[float, typer.Option(help="Weight of the nuclear-norm term, for trp+nu.")] = 0.0,
+    ramp: Annotated[float, typer.Option(help="Part of the training over which the rule is annealed.")] = 0.5,
+    freeze: Annotated[float, typer.Option(help="Part of the training after which ranks are kept.")] = 0.5,
+    epochs: int = 10,
+    batch: int = 128,
+    lr: float = 0.05,
+    weight_decay: float = 1e-4,
+    seed: int = 0,
+    holdout: Annotated[int, typer.Option(help="Training images to test on instead of the test split.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = True,
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoint, artefact and result.json; an interrupted run goes on.")
+    ] = Path("runs/train"),
+) -> None:
+    """Train a CIFAR ResNet with TRP, decompose it, and evaluate the decomposed model."""
+    experiment = experiments.Experiment(
+        name=out.name,
+        method=method,  # type: ignore[arg-type]
+        model=model,
+        start=None if start is None else str(start.resolve()),
+        batch=batch,
+        holdout=holdout,
+        training=TrainConfig(
+            epochs=epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            precision=precision,  # type: ignore[arg-type]
+            compile=compile,
+            seed=seed,
+        ),
+        trp=experiments.TrpConfig(rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze),
+    )
+    folders = experiments.Folders.from_environment(out.parent)
+    if data is not None:
+        folders = experiments.Folders(data, data, out.parent)
+    _run(experiment, folders, out, "result")
+
+
+def bench_run(
+    file: Annotated[Path, typer.Argument(help="An experiment, benchmarks/experiments/NAME.toml.")],
+    seed: Annotated[int | None, typer.Option(help="Instead of the seed in the file.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder for NAME.json.")] = Path("benchmarks/results"),
+    runs: Annotated[Path, typer.Option(help="Folder for checkpoints and artefacts.")] = Path("runs"),
+) -> None:
+    """Run one experiment, or the rest of an interrupted one, and write its JSON."""
+    experiment = experiments.Experiment.read(file)
+    experiment = experiment if seed is None else experiment.with_seed(seed)
+    _run(experiment, experiments.Folders.from_environment(runs), results, experiment.name)
+
+
+def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
+    with joined() as processes, TrainingBars(experiment.training.epochs if processes.first else 0) as bars:
+        result = runner.run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
+    if result is None:  # another process has it
+        return
+    path = runner.write(result, out / f"{name}.json")
+    rows = [
+        (
+            "dense",
+            result.get("top1_dense", result.get("top1_before_decomposition")),
+            result["macs_dense"],
+            result["params_dense"],
+        )
+    ]
+    if "top1" in result:
+        rows = [("before decomposition", *rows[0][1:]), ("decomposed", result["top1"], result["macs"], result["params"])]
+    show_table(
+        f"{experiment.name}: {experiment.model} on {experiment.dataset}, {experiment.method}",
+        ["network", "top-1 %", "MACs", "fewer", "params"],
+        [(n, f"{acc:.2f}", f"{macs:,}", f"{result['macs_dense'] / macs:.2f}x", f"{params:,}") for n, acc, macs, params in rows],
+    )
+    say(f"result  {path}")
