@@ -51,3 +51,44 @@ def test_a_model_that_cannot_be_exported_says_so(tmp_path):
 
     with pytest.raises(rp.ExportError, match="Branching cannot be exported"):
         rp.export_onnx(Branching(), torch.ones(2, 2), tmp_path / "b.onnx", dynamic_batch=False)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "files"),
+    [
+        (".onnx", {"small.onnx"}),
+        (".xml", {"small.xml", "small.bin"}),
+        pytest.param(".pt2", {"small.pt2"}, marks=pytest.mark.slow),
+        pytest.param(".pte", {"small.pte"}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+def test_the_suffix_says_for_which_runtime(suffix, files, tmp_path):
+    pytest.importorskip({".xml": "openvino", ".pte": "executorch"}.get(suffix, "torch"))
+    model, x = small_network()
+    assert rp.export(model, x, tmp_path / f"small{suffix}") < 1e-5
+    assert {f.name for f in tmp_path.iterdir()} == files
+    with pytest.raises(rp.ExportError, match="differs from the model by"):
+        rp.export(model, x, tmp_path / f"small{suffix}", tolerance=-1.0)
+    assert {f.name for f in tmp_path.iterdir()} <= files - {f"small{suffix}"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_executorch_file_is_for_one_batch_size(tmp_path):
+    pytest.importorskip("executorch")
+    with pytest.raises(rp.ExportError, match="one batch size"):
+        rp.export(*small_network(), tmp_path / "small.pte", dynamic_batch=True)
+
+
+def test_a_suffix_of_no_runtime(tmp_path):
+    with pytest.raises(rp.RankPruneError, match=r"end it in one of \.onnx, \.xml, \.pt2, \.pte"):
+        rp.export(*small_network(), tmp_path / "small.pth")
+
+
+def test_the_opset_is_the_one_in_the_documentation(tmp_path):
+    import onnx
+
+    model, x = small_network()
+    rp.export_onnx(model, x, tmp_path / "small.onnx")
+    assert onnx.load(tmp_path / "small.onnx").opset_import[0].version == 20

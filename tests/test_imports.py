@@ -19,8 +19,10 @@ ORDER = [
     "distributed",
     "layers",
     "cost",
+    "backends",
     "stopwatch",
     "calibration",
+    "latency_cache",
     "latency",
     "ranks",
     "budget",
@@ -32,6 +34,7 @@ ORDER = [
     "trp",
     "checkpoint",
     "export",
+    "comparison",
     "",
     "integrations",
     "baselines",
@@ -43,7 +46,7 @@ ORDER = [
 # Each is imported in one file, so that one message can say how to install it; typer in one folder.
 OPTIONAL = [
     *("typer", "rich", "matplotlib", "sklearn", "pyarrow", "PIL", "onnxruntime", "onnx", "onnxscript"),
-    *("lightning", "transformers", "accelerate"),
+    *("openvino", "executorch", "lightning", "transformers", "accelerate", "huggingface_hub"),
 ]
 
 

@@ -221,11 +221,11 @@ def test_a_plan_survives_json(plan: rp.Plan, tmp_path: Path) -> None:
 
 def test_the_json_form_is_fixed(plan: rp.Plan) -> None:
     data = json.loads(plan.to_json())
-    assert list(data) == ["format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted"]
+    assert list(data) == ["format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted", "ms_dense"]
     assert data["format"] == 1
-    assert data["rule"] == "Budget(macs=0.5, params=None)"
+    assert data["rule"] == "Budget(macs=0.5)"
     fields = "name kind shape scheme rank full_rank macs_before macs_after params_before params_after error reason"
-    assert all(list(layer) == fields.split() for layer in data["layers"])
+    assert all(list(layer) == [*fields.split(), "ms_before", "ms_after"] for layer in data["layers"])
 
 
 def test_a_plan_is_frozen(plan: rp.Plan) -> None:

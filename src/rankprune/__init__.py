@@ -5,7 +5,8 @@ from rankprune.checkpoint import load, save
 from rankprune.cost import Count, Timing, count, measure
 from rankprune.decompose import decompose
 from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
-from rankprune.export import export_onnx
+from rankprune.export import export, export_onnx
+from rankprune.latency import NoisyMeasurementWarning
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import make_plan
 from rankprune.projection import project
@@ -24,6 +25,7 @@ __all__ = [
     "FixedRank",
     "LayerPlan",
     "MissingExtraError",
+    "NoisyMeasurementWarning",
     "Plan",
     "RankFraction",
     "RankPruneError",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "count",
     "decompose",
+    "export",
     "export_onnx",
     "load",
     "make_plan",

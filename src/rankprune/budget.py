@@ -7,40 +7,60 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rankprune.backends import backend_named
 from rankprune.errors import RankPruneError
 from rankprune.ranks import Candidate, Choice, Cost, Metric, RankRule, is_share
 
+_METRICS: tuple[Metric, ...] = ("macs", "params", "latency")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Budget(RankRule):
     """The ranks that lose least within a cost for the whole network.
 
-    `macs` or `params` is the fraction of the whole dense model that may remain, layers that stay dense included. Minimises the
-    sum over layers of the share of its energy that each loses, plus a multiplier times the cost, with one multiplier for all
-    layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks leave of the budget is
-    then spent on the steps that gain most per cost.
+    `macs`, `params` or `latency` is the fraction of the whole dense model's cost that may remain, layers that stay dense
+    included. Minimises the sum over layers of the share of its energy that each loses, plus a multiplier times the cost, with
+    one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks
+    leave of the budget is then spent on the steps that gain most per cost.
+
+    Latency is measured, on this machine, of the network and of each of its layers at some ranks of each scheme (see
+    rankprune.latency), for inputs like the example inputs. That takes minutes once; the figures are kept in a file.
+
+    Args:
+        backend: what runs the network where its latency counts: ``"eager"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``,
+            ``"aot_inductor"`` or ``"executorch"``.
+        threads: how many it may use; None means torch.get_num_threads().
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    backend: str = "eager"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in (("macs", self.macs), ("params", self.params)) if v is not None}
+        given = {name: value for name in _METRICS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise RankPruneError("Budget needs exactly one of macs= and params=, like Budget(macs=0.4)")
+            raise RankPruneError("Budget needs exactly one of macs=, params= and latency=, like Budget(macs=0.4)")
         for name, value in given.items():
             if not is_share(value):
                 raise RankPruneError(f"Budget({name}={value}): give the fraction of the dense model that may remain, in (0, 1]")
+        backend_named(self.backend)
+
+    def __repr__(self) -> str:
+        where = "" if self.latency is None else f", backend={self.backend!r}"
+        threads = "" if self.threads is None else f", threads={self.threads}"
+        return f"Budget({self.metric}={self.fraction}{where}{threads})"
 
     @property
     def metric(self) -> Metric:  # type: ignore[override]
         """The cost the budget is in."""
-        return "params" if self.macs is None else "macs"
+        return next(name for name in _METRICS if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
         """The fraction of the dense model's cost that may remain."""
-        return self.macs if self.macs is not None else self.params or 1.0
+        return getattr(self, self.metric)
 
     def relaxed(self, progress: float) -> "Budget":
         return replace(self, **{self.metric: 1 - (1 - self.fraction) * progress})
@@ -80,12 +100,9 @@ def _options(candidates: Sequence[Candidate], metric: Metric) -> _Options:
     dense = candidates[0].dense.of(metric)
     costs, errors, schemes, ranks = [], [], [], []
     for c in candidates:
-        affordable = min(c.full_rank, (dense - 1) // max(c.unit.of(metric), 1))
-        allowed = list(range(c.round_to, affordable + 1, c.round_to))
-        if c.full_rank == affordable and affordable % c.round_to:
-            allowed.append(affordable)
-        costs.append(torch.tensor(allowed, dtype=torch.float64, device="cpu") * c.unit.of(metric))
-        errors.append(c.spectrum.errors().cpu()[allowed])
+        allowed = c.costs(metric)
+        costs.append(torch.tensor(list(allowed.values()), dtype=torch.float64, device="cpu"))
+        errors.append(c.spectrum.errors().cpu()[list(allowed)])
         schemes += [c.scheme] * len(allowed)
         ranks += allowed
     end = torch.tensor([dense, 0.0], dtype=torch.float64, device="cpu")

@@ -74,7 +74,7 @@ class Timing:
     cpu: str
 
 
-def call(model: nn.Module, x: Inputs) -> Any:
+def call(model: Callable[..., Any], x: Inputs) -> Any:
     """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
     if isinstance(x, Mapping):
         return model(**x)

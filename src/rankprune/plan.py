@@ -18,6 +18,7 @@ class LayerPlan:
 
     `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
     bias. `error` is the share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
+    Milliseconds are predicted ones for the backend in the plan's rule, where that goes by latency.
     """
 
     name: str
@@ -32,13 +33,16 @@ class LayerPlan:
     params_after: int
     error: float
     reason: str | None
+    ms_before: float | None = None
+    ms_after: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """All layers that hold a weight matrix, in the model's order, and the cost of the whole dense model.
 
-    `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here.
+    `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here. `ms_dense` is
+    how long the dense model was measured to take, where the rule goes by latency.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -47,6 +51,7 @@ class Plan:
     scheme: str
     rule: str
     uncounted: tuple[str, ...] = ()
+    ms_dense: float | None = None
 
     @cached_property
     def decomposed(self) -> dict[str, LayerPlan]:
@@ -74,6 +79,13 @@ class Plan:
     def params(self) -> int:
         """Parameters of the whole model after decomposition."""
         return self.params_dense + sum(e.params_after - e.params_before for e in self.layers)
+
+    @property
+    def ms(self) -> float | None:
+        """Milliseconds of the whole model after decomposition, as predicted from the measured times of its layers."""
+        if self.ms_dense is None:
+            return None
+        return self.ms_dense + sum((e.ms_after or 0) - (e.ms_before or 0) for e in self.layers)
 
     def to_json(self) -> str:
         """The plan as a JSON text; from_json gives back an equal plan."""
@@ -131,6 +143,8 @@ class Plan:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
+        if self.ms is not None and self.ms_dense:
+            lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({self.ms_dense / self.ms:.2f}x faster, predicted)")
         if self.uncounted:
             lines.append(f"MACs not counted: {', '.join(self.uncounted)}")
         lines.append(f"params {self.params_dense:,} > {self.params:,} ({self.params_dense / self.params:.2f}x fewer)")

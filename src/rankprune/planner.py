@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rankprune import linalg
+from rankprune.backends import backend_named
+from rankprune.budget import Budget
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
+from rankprune.latency import LatencyTable, Subject, measure_table, ranks_to_try
 from rankprune.layers import Layer, own_weight, select, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
@@ -29,6 +32,7 @@ class Option:
     unit: Cost
     dense: Cost
     full_rank: int
+    input_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 Key = tuple[str, str]
@@ -82,8 +86,9 @@ class Planner:
             raise RankPruneError(f"round_to={round_to}: give a whole number of at least 1")
         if not isinstance(rule, RankRule):
             raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
-        if rule.metric == "macs" and example_inputs is None:
-            raise RankPruneError(f"{rule!r} counts MACs: give example inputs, one batch as the model is called with")
+        if rule.metric in ("macs", "latency") and example_inputs is None:
+            what = "counts MACs" if rule.metric == "macs" else "needs times"
+            raise RankPruneError(f"{rule!r} {what}: give example inputs, one batch as the model is called with")
         self.model = unwrap(model)
         self.scheme, self.rule, self.round_to = scheme, rule, round_to
         counted = None if example_inputs is None else count(self.model, example_inputs)
@@ -105,6 +110,13 @@ class Planner:
         if not self.options:
             why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
+        self.latency: LatencyTable | None = None
+        if rule.metric == "latency":
+            assert isinstance(rule, Budget)
+            assert example_inputs is not None
+            tries = backend_named(rule.backend).ranks
+            subjects = {name: _subject(options, tries) for name, options in self.options.items()}
+            self.latency = measure_table(self.model, example_inputs, subjects, rule.backend, rule.threads)
         flat = self._flat()
         flat_spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in flat.items()}
         self._choose(flat_spectra, rule)  # raises if the rule cannot be met, whatever the spectra
@@ -115,6 +127,9 @@ class Planner:
     def join(self, team: Team) -> None:
         """From now on share the factorisations with the other processes of a team; all must then call the same methods."""
         self.team = team
+        if self.latency is not None:  # each process measured, and their tables differ
+            table = self.latency
+            self.latency = team.share(lambda: {"latency": table} if team.rank == 0 else {})["latency"]
         self.owner = team.owners({name: sum(map(_effort, options)) for name, options in self.options.items()})
 
     @property
@@ -171,15 +186,21 @@ class Planner:
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         order = [name for name, _ in self.model.named_modules() if name in self._static]
         entries = tuple(decided.get(name, self._static[name]) for name in order)
-        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule), self._uncounted)
+        ms = None if self.latency is None else self.latency.network_ns / 1e6
+        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule), self._uncounted, ms)
 
     def _choose(self, spectra: Mapping[Key, Spectrum], rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
         """The candidates of every layer, and what the rule says of them."""
-        candidates = {
-            name: [Candidate(o.scheme.name, spectra[name, o.scheme.name], o.unit, o.dense, self.round_to) for o in options]
-            for name, options in self.options.items()
-        }
-        return candidates, rule.choose(candidates, self._cost)
+        candidates = {name: [self._candidate(o, spectra) for o in options] for name, options in self.options.items()}
+        network = self._cost if self.latency is None else replace(self._cost, ns=self.latency.network_ns)
+        return candidates, rule.choose(candidates, network)
+
+    def _candidate(self, option: Option, spectra: Mapping[Key, Spectrum]) -> Candidate:
+        name, scheme, dense, pair_ns = option.layer.name, option.scheme.name, option.dense, None
+        if self.latency is not None:
+            times = self.latency.layers[name]
+            dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(scheme, {})
+        return Candidate(scheme, spectra[name, scheme], option.unit, dense, self.round_to, pair_ns)
 
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
@@ -208,6 +229,8 @@ class Planner:
             macs_after=macs,
             params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
             error=float(chosen.spectrum.errors()[choice.rank]),
+            ms_before=None if chosen.dense.ns is None else chosen.dense.ns / 1e6,
+            ms_after=None if chosen.pair_ns is None else chosen.pair_ns[choice.rank] / 1e6,
         )
 
 
@@ -255,7 +278,17 @@ def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
     unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.get_parameter("weight").numel() for half in pair))
     weight = layer.module.get_parameter("weight")
     matrices = scheme.to_matrices(layer.module, torch.empty_like(weight, device="meta"))
-    return Option(layer, scheme, unit, Cost(row.macs if row else None, weight.numel()), min(matrices.shape[1:]))
+    dense = Cost(row.macs if row else None, weight.numel())
+    return Option(layer, scheme, unit, dense, min(matrices.shape[1:]), row.input_shapes if row else ())
+
+
+def _subject(options: Sequence[Option], count: int) -> Subject:
+    """A layer to be timed, at about `count` ranks of each scheme that save MACs."""
+    ranks = {}
+    for o in options:
+        affordable = (o.dense.of("macs") - 1) // max(o.unit.of("macs"), 1)
+        ranks[o.scheme] = ranks_to_try(min(o.full_rank, affordable), count)
+    return Subject(options[0].layer.module, options[0].input_shapes, ranks)
 
 
 def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:

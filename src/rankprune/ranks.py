@@ -14,7 +14,7 @@ from typing import Literal
 from rankprune.errors import RankPruneError
 from rankprune.spectrum import Spectrum
 
-Metric = Literal["macs", "params"]
+Metric = Literal["macs", "params", "latency"]
 _ROUNDING = 1e-12
 """How far off a decimal fraction may be in binary; 0.9 of ten ranks is nine."""
 
@@ -26,20 +26,22 @@ def is_share(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates (None where no example inputs were given to count on) and parameters."""
+    """Multiply-accumulates (None where no example inputs were given to count on), parameters, nanoseconds where measured."""
 
     macs: int | None
     params: int
+    ns: int | None = None
 
     def of(self, metric: Metric) -> int:
         """The figure a rule counts in.
 
         Raises:
-            RankPruneError: for MACs that were not counted.
+            RankPruneError: for MACs that were not counted, or times not measured.
         """
-        value = self.params if metric == "params" else self.macs
+        value = {"params": self.params, "macs": self.macs, "latency": self.ns}[metric]
         if value is None:
-            raise RankPruneError("this rule counts MACs: give example_inputs=, one batch as the model is called with")
+            what = "needs times" if metric == "latency" else "counts MACs"
+            raise RankPruneError(f"this rule {what}: give example_inputs=, one batch as the model is called with")
         return value
 
 
@@ -47,8 +49,9 @@ class Cost:
 class Candidate:
     """One layer under one scheme.
 
-    `unit` is the cost of each rank (costs are proportional to the rank, a bias aside); `dense` the cost of the layer as it is,
-    bias not counted; ranks are multiples of `round_to`, or full.
+    `unit` is the cost of each rank (MACs and parameters are proportional to the rank, a bias aside); `dense` the cost of the
+    layer as it is, bias not counted; ranks are multiples of `round_to`, or full. `pair_ns` are nanoseconds at the ranks that
+    were measured; rules that go by time choose among these.
     """
 
     scheme: str
@@ -56,6 +59,7 @@ class Candidate:
     unit: Cost
     dense: Cost
     round_to: int = 1
+    pair_ns: Mapping[int, int] | None = None
 
     @property
     def metric(self) -> Metric:
@@ -66,6 +70,19 @@ class Candidate:
     def full_rank(self) -> int:
         """The largest rank, k."""
         return self.spectrum.full_rank
+
+    def costs(self, metric: Metric) -> dict[int, int]:
+        """The cost at each rank that may be chosen and is cheaper than the layer as it is."""
+        dense = self.dense.of(metric)
+        if metric == "latency":
+            measured = self.pair_ns or {}
+            return {r: ns for r, ns in measured.items() if ns < dense and r <= self.full_rank and r % self.round_to == 0}
+        unit = self.unit.of(metric)
+        affordable = min(self.full_rank, (dense - 1) // max(unit, 1))
+        ranks = list(range(self.round_to, affordable + 1, self.round_to))
+        if self.full_rank == affordable and affordable % self.round_to:
+            ranks.append(affordable)
+        return {rank: rank * unit for rank in ranks}
 
     def rounded(self, rank: int) -> int:
         """`rank` rounded up to a multiple of round_to, between 1 and the full rank."""

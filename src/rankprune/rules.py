@@ -14,7 +14,7 @@ RULES: Mapping[str, type[RankRule]] = MappingProxyType(
 
 
 def parse_rule(text: str) -> RankRule:
-    """A rule from its text, as in Python: ``"Budget(macs=1/2.2)"``, ``"Energy(keep=0.98)"``; a value may be a fraction.
+    """A rule from its text, as in Python: ``"Budget(macs=1/2.2)"``, ``"Energy(keep=0.98)"``; a number may be a fraction.
 
     Raises:
         RankPruneError: for anything else.
@@ -27,9 +27,14 @@ def parse_rule(text: str) -> RankRule:
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.func.id not in RULES:
         raise wrong
     try:
-        return RULES[tree.func.id](*map(_number, tree.args), **{k.arg or "": _number(k.value) for k in tree.keywords})
+        return RULES[tree.func.id](*map(_value, tree.args), **{k.arg or "": _value(k.value) for k in tree.keywords})
     except (TypeError, SyntaxError, ZeroDivisionError) as error:
         raise wrong from error
+
+
+def _value(node: ast.expr) -> float | int | str | None:
+    """A text, or a number."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else _number(node)
 
 
 def _number(node: ast.expr) -> float | int | None:

@@ -1,6 +1,7 @@
 """Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -13,6 +14,7 @@ from rankprune.cost import Inputs
 from rankprune.decompose import decompose
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import RankPruneError
+from rankprune.latency import LatencyTable
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
 from rankprune.planner import Key, Planner
@@ -295,6 +297,7 @@ class TRP:
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [(step, dict(ranks)) for step, ranks in self.history],
+            "latency": None if self._planner.latency is None else asdict(self._planner.latency),
             "subgradients": {name: term.clone() for name, term in self._subgradients.items() if not is_sharded(term)},
             "starts": self._starts if self._planner.team.size == 1 else {},
         }
@@ -328,6 +331,8 @@ class TRP:
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
+        if self._planner.latency is not None and state["latency"] is not None:  # what was measured before decides on
+            self._planner.latency = LatencyTable.of(state["latency"])
         self._subgradients = {
             name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
             for name, term in state["subgradients"].items()

@@ -1,0 +1,34 @@
+"""AOTInductor: torch.export, compiled ahead of time to a library that runs without Python. It needs a C++ compiler."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rankprune.backends.base import FileBackend, Program, arguments, tensors, with_open_batch
+from rankprune.cost import Inputs, call
+
+
+class AotInductor(FileBackend):
+    """torch.export and AOTInductor."""
+
+    name = "aot_inductor"
+    suffix = ".pt2"
+    ranks = 6
+
+    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+        args, kwargs = arguments(x)
+        shapes = None
+        if dynamic_batch:
+            args, kwargs, shapes = with_open_batch(x, torch.export.Dim("batch", min=1))
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+    def read(self, path: Path, threads: int | None = None) -> Program:
+        model = torch._inductor.aoti_load_package(str(path))
+
+        def program(x: Inputs) -> list[torch.Tensor]:
+            with torch.inference_mode():
+                return tensors(call(model, x))
+
+        return program

@@ -1,0 +1,150 @@
+"""What a backend is: something that turns a PyTorch model into a program that runs elsewhere, or otherwise."""
+
+import importlib
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.cost import Inputs
+from rankprune.errors import ExportError, MissingExtraError
+
+Program = Callable[[Inputs], list[Tensor]]
+"""Runs a model: inputs as the model is called with -> all tensors in its output, in order."""
+
+
+class Backend(ABC):
+    """A way to run a network. A backend holds no state.
+
+    Attributes:
+        name: what users type.
+        package: the package whose version matters, and which must be there.
+        extra: the extra of rankprune that installs it; empty if torch brings it.
+        ranks: how many ranks of a layer to try where latency is measured; fewer where a program takes long to make.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str] = "torch"
+    extra: ClassVar[str] = ""
+    ranks: ClassVar[int] = 12
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return find_spec(self.package) is not None
+
+    @property
+    def version(self) -> str:
+        """Its package's version."""
+        return version(self.package)
+
+    def require(self) -> None:
+        """Make sure that it can be used.
+
+        Raises:
+            MissingExtraError: if its package is not installed.
+        """
+        try:
+            importlib.import_module(self.package)
+        except ImportError as error:
+            raise MissingExtraError(self.package, self.extra) from error
+
+    def load(self, model: nn.Module, x: Inputs, threads: int | None = None) -> Program:
+        """The model, in eval mode, as a program for inputs of exactly the shapes of `x`.
+
+        Args:
+            threads: how many it may use; None leaves that to the backend, or to torch.get_num_threads() where that counts.
+
+        Raises:
+            MissingExtraError: if the backend is not installed.
+            ExportError: if it cannot take the model.
+        """
+        self.require()
+        try:
+            return self._load(model, x, threads)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise refused(model, self.name, error) from error
+
+    def load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None = None) -> list[Program]:
+        """load() for several models that are called alike; some backends are quicker at many."""
+        return [self.load(model, x, threads) for model in models]
+
+    @abstractmethod
+    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program: ...
+
+
+class FileBackend(Backend):
+    """A backend that runs files. What it writes may be several files that begin alike; `suffix` is the main one's.
+
+    Attributes:
+        opens_batch: whether a file can leave the batch size open.
+    """
+
+    suffix: ClassVar[str]
+    opens_batch: ClassVar[bool] = True
+
+    @abstractmethod
+    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+        """Write the model, in eval mode.
+
+        Args:
+            dynamic_batch: leave the first axis of every input tensor open.
+        """
+
+    @abstractmethod
+    def read(self, path: Path, threads: int | None = None) -> Program:
+        """The program in a file."""
+
+    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files open that are mapped
+            path = Path(folder) / f"model{self.suffix}"
+            self.write(model, x, path, dynamic_batch=False)
+            return self.read(path, threads)
+
+
+def refused(model: nn.Module, backend: str, error: Exception) -> ExportError:
+    """The error to raise for another one of a backend's."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ExportError(
+        f"{type(model).__name__} cannot be exported to {backend} ({reason}); try dynamic_batch=False, or export a part of it"
+    )
+
+
+def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, as positional and keyword arguments."""
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors in a model's inputs or output, in order."""
+    if isinstance(values, Tensor):
+        return [values]
+    parts = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def with_open_batch(x: Inputs, size: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Arguments for torch.export with the first axis of all tensors named `size`, and the dynamic_shapes that say so.
+
+    A batch of one is doubled, for torch.export would take it for a constant.
+    """
+
+    def at_least_two(a: Any) -> Any:
+        return torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
+
+    def shape(a: Any) -> dict[int, Any] | None:
+        return {0: size} if isinstance(a, Tensor) and a.dim() else None
+
+    args, kwargs = arguments(x)
+    args, kwargs = tuple(map(at_least_two, args)), {name: at_least_two(a) for name, a in kwargs.items()}
+    return args, kwargs, {name: shape(a) for name, a in kwargs.items()} if kwargs else tuple(map(shape, args))

@@ -1,0 +1,45 @@
+"""ExecuTorch with XNNPACK: what runs on phones, and here for checks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.backends.base import FileBackend, Program, arguments, tensors
+from rankprune.cost import Inputs
+from rankprune.errors import ExportError
+
+
+class ExecuTorch(FileBackend):
+    """ExecuTorch, lowered to XNNPACK, for one batch size."""
+
+    name = "executorch"
+    package = "executorch"
+    extra = "executorch"
+    suffix = ".pte"
+    opens_batch = False
+    ranks = 6
+
+    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        if dynamic_batch:
+            raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
+        args, kwargs = arguments(x)
+        program = torch.export.export(model, args, kwargs)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+
+    def read(self, path: Path, threads: int | None = None) -> Program:
+        from executorch.runtime import Runtime
+
+        data = path.read_bytes()
+        loaded = Runtime.get().load_program(data)
+        method: Any = loaded.load_method("forward")
+
+        def program(x: Inputs, needed: object = (data, loaded)) -> list[Tensor]:  # the method does not keep them alive
+            return [t.clone() for t in tensors(method.execute(tensors(x)))]
+
+        return program

@@ -1,0 +1,100 @@
+"""Networks against each other by the clock, on several backends, and one layer against its rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from torch import nn
+
+from rankprune.backends import BACKENDS, backend_named
+from rankprune.backends.timing import spread, time_together
+from rankprune.cost import Inputs, undisturbed
+from rankprune.errors import ExportError, RankPruneError
+from rankprune.latency import Subject, measure_layer, ranks_to_try
+from rankprune.layers import unwrap
+from rankprune.planner import Planner
+from rankprune.ranks import RankFraction
+
+
+@dataclass(frozen=True)
+class BackendTiming:
+    """A network on a backend: the median of its times in milliseconds, and their spread, (third - first quartile) / median."""
+
+    network: str
+    backend: str
+    version: str
+    ms: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every network on every backend that could take them, and why others could not."""
+
+    timings: tuple[BackendTiming, ...]
+    failed: Mapping[str, str]
+
+
+def installed_backends() -> list[str]:
+    """The names of the backends whose packages are there."""
+    return [name for name, backend in BACKENDS.items() if backend.installed]
+
+
+def compare(
+    networks: Mapping[str, nn.Module], x: Inputs, backends: Sequence[str], *, threads: int | None = None, rounds: int = 25
+) -> Comparison:
+    """Time networks on backends, all networks of a backend in turn within one loop, after a warm-up.
+
+    Raises:
+        RankPruneError: for a backend that there is not.
+        MissingExtraError: for a backend that is not installed.
+    """
+    timings: list[BackendTiming] = []
+    failed: dict[str, str] = {}
+    for name in backends:
+        backend = backend_named(name)
+        backend.require()
+        try:
+            programs = []
+            for network in networks.values():
+                with undisturbed(network):
+                    programs.append(backend.load(network, x, threads))
+        except ExportError as error:
+            failed[name] = str(error)
+            continue
+        for network, times in zip(networks, time_together(programs, x, rounds), strict=True):
+            timings.append(BackendTiming(network, name, backend.version, median(times), spread(times)))
+    return Comparison(tuple(timings), failed)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A layer as a pair of this scheme and rank, in parts of what it costs dense."""
+
+    scheme: str
+    rank: int
+    macs: float
+    ms: float
+
+
+def layer_curve(
+    model: nn.Module, x: Inputs, name: str, backend: str, *, scheme: str = "auto", threads: int | None = None, count: int = 32
+) -> list[CurvePoint]:
+    """What one layer costs at about `count` ranks of each scheme, by the clock and in MACs.
+
+    Raises:
+        RankPruneError: if there is no such layer.
+    """
+    model = unwrap(model)
+    if name not in dict(model.named_modules()):
+        raise RankPruneError(f"there is no layer {name!r}; the model's modules are named as in model.named_modules()")
+    options = Planner(model, scheme=scheme, rule=RankFraction(1.0), example_inputs=x, include=[name]).options[name]
+    ranks = {o.scheme: ranks_to_try(o.full_rank, count) for o in options}
+    subject = Subject(options[0].layer.module, options[0].input_shapes, ranks)
+    times = measure_layer(model, x, name, subject, backend, threads)
+    points = []
+    for o in options:
+        for rank, ns in times.pair_ns[o.scheme.name].items():
+            macs = rank * o.unit.of("macs") / o.dense.of("macs")
+            points.append(CurvePoint(o.scheme.name, rank, macs, ns / times.dense_ns))
+    return points

@@ -1,0 +1,79 @@
+"""What builds a dense model: a function or class by its name, and arguments that JSON can hold. No name is imported here."""
+
+import json
+import re
+import reprlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from rankprune.errors import RankPruneError
+
+Builder = Callable[..., nn.Module]
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
+    """Call a builder. The `config` of a class of transformers is made from its dict.
+
+    Raises:
+        RankPruneError: if it raises, or returns no model.
+    """
+    name = getattr(builder, "__qualname__", repr(builder))
+    config_class = getattr(builder, "config_class", None)
+    try:
+        if config_class is not None and isinstance(arguments.get("config"), dict):
+            arguments = {**arguments, "config": config_class.from_dict(arguments["config"])}
+        model = builder(**arguments)
+    except Exception as error:
+        raise RankPruneError(
+            f"{name} raised {type(error).__name__}: {error}; it was called with the arguments that were saved, "
+            f"{reprlib.repr(arguments)}. If the dense model is built in another way now, pass the model itself"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise RankPruneError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module; pass what builds the dense model")
+    return model
+
+
+def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:
+    """The name of a model's class, and the arguments that it was built from if it keeps them, else None for both.
+
+    Models of transformers and of classes with the hub's mixin keep them. The name alone is None if nobody could import it.
+    """
+    kind = type(model)
+    if hasattr(kind, "config_class") and hasattr(model.config, "to_json_string"):
+        arguments = {"config": json.loads(model.config.to_json_string())}
+    elif hasattr(kind, "_hub_mixin_init_parameters"):
+        arguments = model._hub_mixin_config or {}
+        if not isinstance(arguments, dict) or not arguments.keys() <= kind._hub_mixin_init_parameters.keys():
+            return None, None  # it went through a config object
+    else:
+        return None, None
+    return _importable_name(kind), arguments
+
+
+def name_of(builder: Builder | str) -> str:
+    """``package.module:callable`` for a builder, or for such a name itself.
+
+    Raises:
+        RankPruneError: if nobody could import it by a name.
+    """
+    name = builder if isinstance(builder, str) else _importable_name(builder)
+    if name is None or not _NAME.fullmatch(name):
+        raise RankPruneError(
+            f"builder={builder!r}: nobody could import it; give a function or class of a module, or its name as "
+            "package.module:callable"
+        )
+    return name
+
+
+def _importable_name(target: Any) -> str | None:
+    """With the outermost package that has the target under its name; None for lambdas, what is in __main__, and the like."""
+    module, qualname = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
+    if module is None or qualname is None or module == "__main__" or "<" in qualname:
+        return None
+    parts = module.split(".")
+    packages = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return f"{next((p for p in packages if getattr(sys.modules.get(p), qualname, None) is target), module)}:{qualname}"

@@ -1,0 +1,482 @@
+"""Decomposed models that go to a hub and come back, over HTTP to a small one on this machine, and what is refused."""
+
+import base64
+import hashlib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+import toy
+
+pytest.importorskip("huggingface_hub")
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+
+from rankprune.integrations.hub import LowRank
+
+FILES = {"README.md", "config.json", "model.safetensors", "rankprune.json"}
+RESULTS = {"top-1 %": (88.51, 87.71), "ms, batch 64": (None, 40.123456)}
+
+
+class Net(nn.Module):
+    """Convolution, statistics of a BatchNorm, and an embedding tied to the head."""
+
+    def __init__(self, width: int = 24, *, sizes: list[int] | None = None) -> None:
+        super().__init__()
+        rows, columns = sizes or (10, 16)
+        self.table = nn.Embedding(rows, columns)
+        self.conv = nn.Conv1d(columns, width, 3, padding=1)
+        self.norm = nn.BatchNorm1d(width)
+        self.drop = nn.Dropout()
+        self.inner = nn.Linear(width, columns)
+        self.head = nn.Linear(columns, rows, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.drop(self.norm(self.conv(self.table(tokens).mT)).relu())
+        return self.head(self.inner(y.mT))
+
+
+class MixinNet(nn.Module, PyTorchModelHubMixin):
+    """A user's own class that knows the hub already."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+TOKENS = torch.arange(10).view(2, 5)
+ARGUMENTS = {"width": 32, "sizes": [10, 20]}
+
+
+def shared(dtype: torch.dtype = torch.float32, **more: Any) -> LowRank:
+    dense = Net(**ARGUMENTS)
+    plan = rp.make_plan(dense, TOKENS, rule=rp.FixedRank(3), include=["conv", "inner"], scheme="channel")
+    small = rp.decompose(dense, plan)
+    small(TOKENS)  # moves the running statistics
+    return LowRank(small.to(dtype), plan, **{"builder": Net, "arguments": ARGUMENTS, **more})
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype
+        assert torch.equal(value, right[name]), name
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def code_of(card: Path) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+class Hub:
+    """What a hub does to a push and to a download, with one repository, me/small, in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def reply(self, content: Any, headers: dict[str, str] | None = None, status: int = 200) -> None:
+                body = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                path = self.path.split("?")[0]
+                hub.requests.append(f"{self.command} {path}")
+                answer = hub.answer(self.command, path, body)
+                if answer is None:
+                    self.reply({"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}, 404)
+                else:
+                    self.reply(*answer)
+
+            do_GET = do_HEAD = do_POST = handle_any  # noqa: N815
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
+
+    def answer(self, verb: str, path: str, body: bytes) -> tuple[Any, dict[str, str]] | None:
+        repository = "/api/models/me/small"
+        if path == "/api/whoami-v2":
+            return {"type": "user", "name": "me", "auth": {}}, {}
+        if path == "/api/repos/create":
+            return {"url": f"{self.url}/me/{json.loads(body)['name']}"}, {}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}, {}
+        if path == f"{repository}/preupload/main":
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            return {"files": modes}, {}
+        if path == f"{repository}/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return {"commitUrl": f"{self.url}/me/small/commit/{self.sha}", "commitOid": self.sha}, {}
+        if path in (repository, f"{repository}/revision/main"):
+            return {"id": "me/small", "sha": self.sha, "siblings": [{"rfilename": name} for name in self.files]}, {}
+        if path == f"{repository}/tree/{self.sha}":
+            oids = {name: hashlib.sha1(content).hexdigest() for name, content in self.files.items()}
+            return [{"type": "file", "path": n, "size": len(self.files[n]), "oid": oids[n]} for n in oids], {}
+        name = path.removeprefix(f"/me/small/resolve/{self.sha}/")
+        if name in self.files:
+            return self.files[name], {"ETag": f'"{hashlib.sha1(self.files[name]).hexdigest()}"', "X-Repo-Commit": self.sha}
+        return None
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    hub = Hub()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    thread = Thread(target=hub.server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_folder_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
+    low = shared(dtype, results=RESULTS)
+    assert low.save_pretrained(tmp_path / "out") is None
+    assert names(tmp_path / "out") == FILES
+    back = LowRank.from_pretrained(tmp_path / "out", Net)
+    same(back.model, low.model)
+    assert back.model.head.weight is back.model.table.weight
+    assert back.model.norm.num_batches_tracked == 1
+    assert not any(module.training for module in back.model.modules())
+    assert back.model.conv[0].weight.dtype == dtype
+    assert (back.plan, back.builder, back.arguments, back.results) == (low.plan, "test_hub:Net", ARGUMENTS, RESULTS)
+
+
+def test_the_folder_is_an_artefact_and_an_artefact_is_such_a_folder(tmp_path: Path) -> None:
+    low, dense = shared(), Net(**ARGUMENTS)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    low.save_pretrained(tmp_path / "ours")
+    same(rp.load(tmp_path / "ours", dense), low.model)
+    rp.save(tmp_path / "plain", low.model, low.plan)
+    back = LowRank.from_pretrained(str(tmp_path / "plain"), dense)
+    same(back.model, low.model)
+    assert (back.builder, back.arguments, back.results, back.card_data) == (None, {}, {}, None)
+    assert dense.training
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_the_card_says_what_it_costs_and_its_code_loads_it(tmp_path: Path) -> None:
+    data = ModelCardData(
+        license="mit",
+        datasets=["cifar10"],
+        metrics=["accuracy"],
+        tags=["vision", "rankprune"],
+        model_name="small",
+        eval_results=[EvalResult("image-classification", "cifar10", "CIFAR-10", "accuracy", 87.71)],
+    )
+    low = shared(results=RESULTS, card_data=data)
+    low.save_pretrained(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.library_name, card.data.license, card.data.datasets) == ("rankprune", "mit", ["cifar10"])
+    assert card.data.tags == ["vision", "rankprune", "low-rank", "model_hub_mixin", "pytorch"]
+    assert card.data.eval_results[0].metric_value == 87.71
+    plan = low.plan
+    assert f"| MACs | {plan.macs_dense:,} | {plan.macs:,} | {plan.macs_dense / plan.macs:.2f}x fewer |" in card.text
+    assert f"| parameters | {plan.params_dense:,} | {plan.params:,} |" in card.text
+    assert "| top-1 % | 88.51 | 87.71 |  |" in card.text
+    assert "| ms, batch 64 |  | 40.1235 |  |" in card.text
+    costs, folded, left = card.text.partition("<details><summary>2 layers decomposed</summary>")
+    assert folded
+    assert "`conv`" not in costs
+    conv = plan.decomposed["conv"]
+    assert f"| `conv` | Conv1d 32x20x3 | channel | 3 of 32 | {conv.macs_before:,} | {conv.macs_after:,} |" in left
+    for name, reason in plan.skipped.items():
+        assert f"| `{name}` | {reason} |" in left
+    code = code_of(tmp_path / "out" / "README.md")
+    assert len(code.splitlines()) <= 10
+    found: dict[str, Any] = {}
+    exec(code, found)
+    same(found["model"], low.model)
+
+
+def test_a_card_without_a_builder_leaves_the_model_to_the_reader(tmp_path: Path) -> None:
+    shared(builder=None).save_pretrained(tmp_path / "out")
+    code = code_of(tmp_path / "out" / "README.md")
+    with pytest.raises(rp.RankPruneError):
+        exec(code, {})
+    found: dict[str, Any] = {"Net": Net}
+    exec(code.replace("...", "Net(32, sizes=[10, 20])"), found)
+    assert isinstance(found["model"].conv, nn.Sequential)
+
+
+def test_a_plan_without_macs_has_a_card_without(tmp_path: Path) -> None:
+    dense = toy.Net()
+    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
+    text = LowRank(rp.decompose(dense, plan), plan, builder=toy.Net).generate_model_card(source="me/small").text
+    assert "MACs |" not in text
+    assert f"{plan.params_dense:,}" in text
+
+
+def test_a_push_uploads_what_is_saved_and_a_download_loads_it(hub: Hub, tmp_path: Path) -> None:
+    low, cache = shared(torch.bfloat16, results=RESULTS, card_data=ModelCardData(license="mit")), tmp_path / "cache"
+    url = low.push_to_hub("me/small", token="hf_token")
+    assert url.startswith(f"{hub.url}/me/small/commit/")
+    low.save_pretrained(tmp_path / "out", model_card_kwargs={"source": "me/small"})
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.files.keys() == FILES
+    assert 'from_pretrained("me/small", Net)' in hub.files["README.md"].decode()
+
+    hub.files |= {"pytorch_model.bin": b"a pickle", "evil.py": b"print()"}
+    back = LowRank.from_pretrained("me/small", Net, cache_dir=cache, token=False)
+    same(back.model, low.model)
+    (snapshot,) = (cache / "models--me--small" / "snapshots").iterdir()
+    assert names(snapshot) == FILES
+    same(rp.load(snapshot, Net(**ARGUMENTS)), low.model)
+
+
+@pytest.mark.parametrize("environment", [False, True], ids=["local_files_only", "HF_HUB_OFFLINE"])
+def test_without_a_network_it_comes_from_the_cache(
+    environment: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, sha = shared(), "0" * 40
+    snapshot = tmp_path / "models--me--small" / "snapshots" / sha
+    low.save_pretrained(snapshot)
+    (tmp_path / "models--me--small" / "refs").mkdir()
+    for ref in ("main", "v1"):
+        (tmp_path / "models--me--small" / "refs" / ref).write_text(sha)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", environment)
+    options: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": not environment}
+    for revision in (None, "v1", sha):
+        same(LowRank.from_pretrained("me/small", Net, revision=revision, **options).model, low.model)
+    with pytest.raises(rp.CheckpointError, match=r"'me/other' is no folder.*offline"):
+        LowRank.from_pretrained("me/other", Net, **options)
+    with pytest.raises(rp.CheckpointError, match=r"check the name, the revision"):
+        LowRank.from_pretrained("me/small", Net, revision="v2", **options)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(rp.CheckpointError, match=r"model\.safetensors"):
+        LowRank.from_pretrained("me/small", Net, **options)
+    assert hub.requests == []
+
+
+def test_a_repository_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(rp.CheckpointError, match=r"'me/none' is no folder, and cannot be had .*RepositoryNotFoundError"):
+        LowRank.from_pretrained("me/none", Net, cache_dir=tmp_path, token=False)
+    with pytest.raises(rp.CheckpointError, match="HFValidationError"):
+        LowRank.from_pretrained("no/such/folder", Net, cache_dir=tmp_path)
+    assert any("me/none" in request for request in hub.requests)
+
+
+def test_a_name_without_its_owner_is_completed_on_the_card(hub: Hub, tmp_path: Path) -> None:
+    shared().save_pretrained(tmp_path / "small", push_to_hub=True, token="hf_token")
+    assert 'from_pretrained("me/small", Net)' in hub.files["README.md"].decode()
+    assert f'from_pretrained("{tmp_path}/small", Net)' in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_what_was_edited_on_the_hub_is_kept(hub: Hub, tmp_path: Path) -> None:
+    shared(results=RESULTS).push_to_hub("me/small", token="hf_token")
+    edited = hub.files["README.md"].replace(b"---\n", b"---\nlicense: mit\nwidget: none\n", 1)
+    hub.files["README.md"] = edited
+    back = LowRank.from_pretrained("me/small", Net, cache_dir=tmp_path, token=False)
+    back.push_to_hub("me/small", token="hf_token", ignore_patterns="README.md")
+    assert hub.files["README.md"] == edited
+    back.push_to_hub("me/small", token="hf_token")
+    card = ModelCard(hub.files["README.md"].decode())
+    assert (card.data.license, card.data.widget) == ("mit", "none")
+    assert card.data.tags == ["low-rank", "model_hub_mixin", "pytorch", "rankprune"]
+    assert "| top-1 % | 88.51 | 87.71 |" in card.text
+
+
+def test_nothing_that_a_file_names_is_imported_or_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_builder.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    low, folder = shared(builder="evil_builder:build"), tmp_path / "out"
+    low.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    hostile = {"dense": "x", "model": "x", "plan": {}, "self": 1, "cls": 1, "trust_remote_code": True, "model_id": "x"}
+    (folder / "config.json").write_text(json.dumps({**config, **hostile}))
+    with pytest.raises(rp.RankPruneError, match=r"evil_builder:build.*width.*not run on a file's word"):
+        LowRank.from_pretrained(folder)
+    back = LowRank.from_pretrained(folder, Net)
+    back.save_pretrained(tmp_path / "again")
+    same(LowRank.from_pretrained(tmp_path / "again", Net(**ARGUMENTS)).model, low.model)
+    assert "evil_builder" not in sys.modules
+
+
+def test_a_class_with_the_mixin_needs_no_builder(tmp_path: Path) -> None:
+    dense, x = MixinNet(32), torch.randn(3, 16)
+    plan = rp.make_plan(dense, x, rule=rp.FixedRank(2))
+    low = LowRank(rp.decompose(dense, plan), plan)
+    assert (low.builder, low.arguments) == ("test_hub:MixinNet", {"width": 32})
+    low.save_pretrained(tmp_path / "out")
+    found: dict[str, Any] = {}
+    exec(code_of(tmp_path / "out" / "README.md"), found)
+    same(found["model"], low.model)
+    again = LowRank(found["model"], plan)
+    assert (again.builder, again.arguments) == (low.builder, low.arguments)
+
+
+def test_a_class_that_nobody_can_import_keeps_its_arguments() -> None:
+    class Local(MixinNet):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__(width)
+
+    dense = Local(width=32)
+    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
+    low = LowRank(rp.decompose(dense, plan), plan)
+    assert (low.builder, low.arguments) == (None, {"width": 32})
+
+
+def test_what_the_mixin_itself_saves_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, x = MixinNet(32), torch.randn(3, 16)
+    small = rp.decompose(dense, rp.make_plan(dense, x, rule=rp.FixedRank(2)))
+    small.save_pretrained(tmp_path / "out")
+    assert not torch.allclose(MixinNet.from_pretrained(tmp_path / "out")(x), small(x))  # hence the words in LowRank
+    with pytest.raises(rp.CheckpointError, match=r"rankprune\.json is missing.*keeps no plan.*LowRank\(model, plan\)"):
+        LowRank.from_pretrained(tmp_path / "out", MixinNet)
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50, num_labels=3
+    )
+    dense, tokens = transformers.BertForSequenceClassification(config).eval(), torch.arange(10).view(2, 5)
+    plan = rp.make_plan(dense, {"input_ids": tokens}, rule=rp.FixedRank(4))
+    low = LowRank(rp.decompose(dense, plan).to(torch.bfloat16), plan)
+    assert low.builder == "transformers:BertForSequenceClassification"
+    low.save_pretrained(tmp_path / "out")
+    found: dict[str, Any] = {}
+    exec(code_of(tmp_path / "out" / "README.md"), found)
+    same(found["model"], low.model)
+    with torch.no_grad():
+        assert torch.equal(found["model"](tokens).logits, low.model.eval()(tokens).logits)
+    with pytest.raises(ValueError, match="model_type"):  # no random weights without a word
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    low.model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(rp.CheckpointError, match="keeps no plan"):
+        LowRank.from_pretrained(tmp_path / "theirs", transformers.BertForSequenceClassification)
+
+
+def test_a_model_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    arguments = {"model_name": "resnet10t", "num_classes": 3}
+    dense = timm.create_model(**arguments)
+    plan = rp.make_plan(dense, rule=rp.FixedRank(2), include=["layer1.*"])
+    low = LowRank(rp.decompose(dense, plan), plan, builder=timm.create_model, arguments=arguments)
+    assert low.builder == "timm:create_model"
+    low.save_pretrained(tmp_path / "out")
+    found: dict[str, Any] = {}
+    exec(code_of(tmp_path / "out" / "README.md"), found)
+    same(found["model"], low.model)
+
+
+def explode(**_: Any) -> nn.Module:
+    raise KeyError("weights")
+
+
+def no_model(**_: Any) -> Any:
+    return [1]
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        (Net(), r"another|does not fit|shape"),
+        (nn.Linear(2, 2), r"does not fit this model"),
+        (explode, r"explode raised KeyError: 'weights'; it was called with .*'width': 32.*pass the model itself"),
+        (no_model, r"no_model gives a list"),
+        (toy.Net, r"Net raised TypeError"),
+    ],
+)
+def test_another_model_is_refused(dense: Any, message: str, tmp_path: Path) -> None:
+    shared().save_pretrained(tmp_path / "out")
+    with pytest.raises(rp.RankPruneError, match=message):
+        LowRank.from_pretrained(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("rankprune.json", None, r"rankprune\.json is missing; give the folder that save\(\) wrote$"),
+        ("model.safetensors", None, r"there is no file .*model\.safetensors"),
+        ("model.safetensors", "no tensors", r"truncated or not a safetensors file"),
+        ("rankprune.json", '{"format": 9, "plan": {}}', r"format 9, this version reads 1"),
+        ("config.json", "{", r"config\.json' is damaged: not JSON"),
+        ("config.json", "[1]", r"config\.json' is damaged"),
+        ("config.json", '{"builder": null, "arguments": 3}', r"config\.json' is damaged: it holds no arguments"),
+        ("config.json", '{"builder": 7, "arguments": {}}', r"config\.json' is damaged: builder=7"),
+        ("config.json", '{"builder": "os.system(1)", "arguments": {}}', r"config\.json' is damaged: builder='os"),
+        ("config.json", '{"builder": null, "arguments": {}, "results": {"a": 1}}', r"is damaged: results\['a'\]=1"),
+        ("config.json", '{"builder": null, "arguments": {}, "results": [1]}', r"is damaged: results=\[1\]"),
+        ("README.md", "---\n[\n---\n", r"the metadata at the top of .*README\.md' are damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused(file: str, content: str | None, message: str, tmp_path: Path) -> None:
+    shared().save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / file).unlink()
+    if content is not None:
+        (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(rp.CheckpointError, match=message):
+        LowRank.from_pretrained(tmp_path / "out", Net(**ARGUMENTS))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"builder": lambda: Net()}, r"nobody could import it"),
+        ({"builder": "resnet20"}, r"builder='resnet20'.*package\.module:callable"),
+        ({"builder": "a:b\nimport os"}, r"package\.module:callable"),
+        ({"arguments": {"dtype": torch.float32}}, r"cannot be written to config\.json"),
+        ({"results": {"top-1 %": (1.0,)}}, r"results\['top-1 %'\]=\(1\.0,\): give two numbers"),
+        ({"results": {"top-1 %": (1.0, None)}}, r"give two numbers"),
+        ({"results": {"top-1 %": ("1", 2.0)}}, r"give two numbers"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=message):
+        shared(**more)
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rankprune.integrations.hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(rp.MissingExtraError, match=r"huggingface_hub.*pip install 'rankprune\[hub\]'"):
+        importlib.import_module("rankprune.integrations.hub")
+
+
+def test_a_model_that_the_plan_is_not_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(rp.CheckpointError, match="save the model that decompose"):
+        LowRank(Net(**ARGUMENTS), shared().plan).save_pretrained(tmp_path / "out")

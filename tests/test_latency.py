@@ -1,0 +1,245 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+from rankprune import backends, latency
+from rankprune.backends import Backend, Program
+from rankprune.comparison import compare, layer_curve
+from rankprune.cost import Inputs, parameter_count
+from rankprune.latency import LatencyTable, Subject, followers, measure_layer, ranks_to_try
+from rankprune.planner import Planner
+from rankprune.ranks import Candidate, Cost
+from rankprune.rules import parse_rule
+from rankprune.schemes import SCHEMES
+from rankprune.spectrum import Spectrum
+
+SECONDS_PER_PARAMETER = 4e-7
+
+
+class Waiting(Backend):
+    """Takes a time that is proportional to the parameters, and one more for each layer; computes nothing."""
+
+    name = "waiting"
+    ranks = 8
+
+    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
+        layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+        seconds = SECONDS_PER_PARAMETER * parameter_count(model) + 3e-4 * layers
+
+        def program(x: Inputs) -> list[Tensor]:
+            time.sleep(seconds)
+            return []
+
+        return program
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "waiting": Waiting()})
+    return tmp_path / "cache"
+
+
+def network() -> tuple[nn.Module, Tensor]:
+    """A narrow layer, which no pair makes faster, and wide ones."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.Conv2d(32, 8, 1),
+        nn.Conv2d(8, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+    ]
+    layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(), nn.Linear(512, 10)]
+    return nn.Sequential(*layers), torch.randn(2, 3, 4, 4)
+
+
+def budget(fraction: float) -> rp.Budget:
+    return rp.Budget(latency=fraction, backend="waiting")
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def candidate(values: list[float], dense: int, pair_ns: dict[int, int], scheme: str = "channel") -> Candidate:
+    spectrum = Spectrum.of(torch.tensor([values], dtype=torch.float64))
+    return Candidate(scheme, spectrum, Cost(1, 1), Cost(100, 100, dense), 1, pair_ns)
+
+
+def test_only_ranks_that_were_measured_and_are_faster_are_chosen() -> None:
+    layers = {
+        "better": [candidate([4.0, 3, 2, 1], 100, {1: 120, 2: 40, 3: 90, 4: 150})],
+        "slower": [candidate([4.0, 1, 1, 1], 50, {1: 50, 2: 60, 4: 70})],
+    }
+    chosen = rp.Budget(latency=0.95).choose(layers, Cost(1, 1, 200))
+    assert (chosen["better"].scheme, chosen["better"].rank) == ("channel", 3)
+    assert chosen["slower"].rank is None
+    chosen = rp.Budget(latency=0.75).choose(layers, Cost(1, 1, 200))
+    assert chosen["better"].rank == 2
+
+
+def test_the_scheme_is_the_one_that_keeps_more_in_the_same_time() -> None:
+    layers = {"layer": [candidate([2.0, 1, 1], 100, {1: 50}), candidate([2.0, 1, 1], 100, {2: 50}, "spatial")]}
+    assert rp.Budget(latency=0.5).choose(layers, Cost(1, 1, 100))["layer"].scheme == "spatial"
+
+
+def test_a_latency_that_cannot_be_met_is_refused() -> None:
+    layers = {"layer": [candidate([2.0, 1], 100, {1: 50})]}
+    with pytest.raises(rp.RankPruneError, match=r"0\.500 of the latency remain"):
+        rp.Budget(latency=0.4).choose(layers, Cost(1, 1, 100))
+
+
+@pytest.mark.parametrize(
+    "text", ["Budget(latency=0.5, backend='onnxruntime')", "Budget(latency=0.5, backend='eager', threads=2)"]
+)
+def test_the_rule_is_read_from_its_text(text: str) -> None:
+    assert repr(parse_rule(text)) == text
+
+
+def test_what_the_rule_needs_is_asked_for() -> None:
+    with pytest.raises(rp.RankPruneError, match="no backend 'tpu'"):
+        rp.Budget(latency=0.5, backend="tpu")
+    with pytest.raises(rp.RankPruneError, match="needs times: give example inputs"):
+        rp.make_plan(network()[0], rule=budget(0.5))
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("largest", "count", "step"), [(96, 12, 8), (768, 12, 64), (7, 12, 1), (460, 12, 32), (1, 12, 1)])
+def test_ranks_to_try_are_multiples_of_a_power_of_two(largest: int, count: int, step: int) -> None:
+    assert ranks_to_try(largest, count) == list(range(step, largest + 1, step))
+
+
+def test_the_latency_asked_for_is_had() -> None:
+    model, x = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = rp.make_plan(model, x, rule=budget(0.6))
+    assert plan.ms is not None
+    assert plan.ms_dense is not None
+    assert plan.ms <= 0.6 * plan.ms_dense
+    assert "1" in plan.skipped  # 32 x 8, which waits longer in two layers
+    small = rp.decompose(model, plan)
+    found = {t.network: t.ms for t in compare({"dense": model, "small": small}, x, ["waiting"], rounds=9).timings}
+    assert found["dense"] / found["small"] == pytest.approx(1 / 0.6, rel=0.15)
+    assert found["small"] == pytest.approx(plan.ms, rel=0.15)
+    assert "predicted" in str(plan)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert rp.Plan.from_json(plan.to_json()) == plan
+
+
+def test_what_was_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network()
+    first = Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x).latency
+    (file,) = folder.iterdir()
+    written = json.loads(file.read_text())
+    assert written["setting"]["backend"] == "waiting"
+    assert {"threads", "dtype", "memory_format", "cpu", "version", "device"} <= written["setting"].keys()
+    monkeypatch.setattr(latency, "time_together", None)
+    assert Planner(model, scheme="auto", rule=budget(0.6), example_inputs=x).latency == first
+    with pytest.raises(TypeError):  # another batch is another measurement
+        Planner(model, scheme="auto", rule=budget(0.6), example_inputs=x[:1])
+
+
+def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(programs: list[Program], x: Inputs) -> list[list[float]]:
+        factors = [5.0] + [1.0] * (len(programs) - 1)  # pairs take a fifth
+        return [[ms * factor for ms in (1.0, 2.0, 3.0, 4.0, 5.0)] for factor in factors]
+
+    monkeypatch.setattr(latency, "time_together", noisy)
+    model, x = network()
+    with pytest.warns(rp.NoisyMeasurementWarning, match=r"vary by 100%.*Budget\(macs=0.5\)"):
+        Planner(model, scheme="auto", rule=rp.Budget(latency=0.9, backend="waiting"), example_inputs=x)
+    assert not folder.exists()
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    model, x = network()
+    layer = model[5]
+    once, twice = (Subject(layer, ((2, 32, 4, 4),) * calls, {SCHEMES["spatial"]: [16]}) for calls in (1, 2))
+    first, second = (measure_layer(model, x, "5", subject, "waiting") for subject in (once, twice))
+    assert second.dense_ns == pytest.approx(2 * first.dense_ns, rel=0.01)
+    assert second.pair_ns["spatial"][16] == pytest.approx(2 * first.pair_ns["spatial"][16], rel=0.01)
+
+
+def test_followers_are_the_modules_that_take_up_the_output() -> None:
+    model, x = network()
+    layers = {name: model.get_submodule(name) for name in ("1", "2", "5", "7")}
+    tails = {name: [type(m) for m in tail] for name, tail in followers(model, x, layers).items()}
+    assert tails == {"1": [], "2": [nn.BatchNorm2d, nn.ReLU], "5": [nn.ReLU], "7": []}
+
+
+@pytest.mark.filterwarnings("ignore::rankprune.NoisyMeasurementWarning")
+def test_a_real_backend_from_measuring_to_training() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4))
+
+    def trainer(model: nn.Module) -> tuple[rp.TRP, torch.optim.Optimizer]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return rp.TRP(model, rule=rp.Budget(latency=0.7), every=2, ramp=4, example_inputs=x).attach(optimizer), optimizer
+
+    x, model = torch.randn(256, 512), build()
+    trp, optimizer = trainer(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    state = trp.state_dict()
+    small = trp.finalize()
+    torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=1e-4)
+    assert trp.plan is not None
+    assert trp.plan.ms is not None
+    assert trp.plan.ms_dense is not None
+    assert trp.plan.ms <= 0.7 * trp.plan.ms_dense
+    again, _ = trainer(build())
+    again._planner.latency = LatencyTable.of({**state["latency"], "network_ns": 1})  # as measured elsewhere
+    again.load_state_dict(state)
+    assert again._planner.latency == trp._planner.latency
+
+
+def test_channels_last_and_bfloat16_are_other_settings(folder: Path) -> None:
+    _, x = network()
+    for kind in ({}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}):
+        made = network()[0].to(**kind)  # type: ignore[call-overload]
+        Planner(
+            made,
+            scheme="channel",
+            rule=rp.Budget(latency=0.99, backend="waiting"),
+            example_inputs=x.to(kind.get("dtype", x.dtype)),
+        )
+    settings = [json.loads(file.read_text())["setting"] for file in folder.iterdir()]
+    assert {(s["memory_format"], s["dtype"]) for s in settings} == {
+        ("contiguous", "float32"),
+        ("channels_last", "float32"),
+        ("contiguous", "bfloat16"),
+    }
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_cannot_take_a_network_is_told_of() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    found = compare({"dense": Branching()}, torch.ones(2, 2), ["eager", "onnxruntime"], rounds=3)
+    assert [t.backend for t in found.timings] == ["eager"]
+    assert "Branching" in found.failed["onnxruntime"]
+
+
+def test_a_layers_curve_over_its_ranks() -> None:
+    model, x = network()
+    points = layer_curve(model, x, "5", "waiting", scheme="spatial", count=6)
+    assert [p.rank for p in points] == [16, 32, 48, 64, 80, 96]
+    assert [p.macs for p in points] == pytest.approx([p.rank / 48 for p in points])
+    dense = SECONDS_PER_PARAMETER * (32 * 32 * 9 + 32) + 3e-4
+    expected = [(SECONDS_PER_PARAMETER * (2 * 96 * p.rank + 32) + 6e-4) / dense for p in points]
+    assert [p.ms for p in points] == pytest.approx(expected, rel=0.2)
+    with pytest.raises(rp.RankPruneError, match="no layer 'nothing'"):
+        layer_curve(model, x, "nothing", "waiting")
