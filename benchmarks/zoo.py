@@ -90,9 +90,12 @@ def fewer(plan: rp.Plan) -> str:
 def row(architecture: Architecture) -> str:
     """The row of an architecture."""
     model, x, scheme = architecture.model(), architecture.inputs(), architecture.scheme
-    lossless = rp.decompose(model, full_rank_plan(model, x, scheme))
+    lossless = rp.decompose(model, full_rank_plan(model, x, scheme, architecture.exclude))
     error = difference(run(lossless, x), run(model, x))
-    energy, fraction = (rp.make_plan(model, x, scheme=scheme, rule=rule) for rule in (rp.Energy(0.9), rp.RankFraction(0.25)))
+    energy, fraction = (
+        rp.make_plan(model, x, scheme=scheme, rule=rule, exclude=architecture.exclude)
+        for rule in (rp.Energy(0.9), rp.RankFraction(0.25))
+    )
     cells = [architecture.library, architecture.name, architecture.task, shapes(x), scheme, str(len(fraction.decomposed))]
     cells += [left_alone(fraction), f"{fraction.macs_dense:,}", fewer(energy), fewer(fraction), f"{error:.0e}"]
     return line(cells)

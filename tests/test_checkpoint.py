@@ -349,3 +349,21 @@ def test_pretrained_resnet20_loads_unchanged() -> None:
     load_exactly(model, tensors, str(PRETRAINED))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
     assert len(tensors) >= sum(1 for _ in model.parameters())
+
+
+class Versioned(nn.Linear):
+    """Converts weights of its first format when they are loaded, as some of torchvision's models do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_modules_that_ask_for_their_formats_version_get_it(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), Versioned(8, 8))
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    rp.save(tmp_path, rp.decompose(model, plan), plan)
+    loaded = rp.load(tmp_path, nn.Sequential(nn.Linear(8, 8), Versioned(8, 8)))
+    assert torch.equal(loaded[1].weight, model[1].weight)

@@ -1,6 +1,7 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,9 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
                 slot.data = slot.data.to(tensors[name].dtype)
             if 0 in slot.stride() and slot.numel() > 1:
                 slot.data = slot.data.clone()  # an expanded tensor cannot be written to
-    model.load_state_dict(tensors)
+    complete = OrderedDict(tensors)
+    complete._metadata = own._metadata  # type: ignore[attr-defined]  # some modules ask it for the version of their format
+    model.load_state_dict(complete)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class Architecture:
         generates: whether it has ``generate()``.
         tied: whether two of its modules share a parameter.
         fast: whether ``make test`` looks at it too.
+        exclude: layers to leave alone, for other code reads their weights where a run on the inputs does not show it.
         scheme: for its convolutions; "channel" where the spatial one means minutes of SVDs.
     """
 
@@ -34,11 +35,12 @@ class Architecture:
     generates: bool = False
     tied: bool = False
     fast: bool = False
+    exclude: tuple[str, ...] = ()
     scheme: str = "auto"
 
-    def model(self, seed: int = 0) -> nn.Module:
-        """The network in eval mode, with the random weights of `seed`."""
-        torch.manual_seed(seed)
+    def model(self) -> nn.Module:
+        """The network in eval mode, with random weights, always the same."""
+        torch.manual_seed(0)
         model = self.build().eval()
         _randomize(model, self.inputs())
         return model

@@ -1,5 +1,6 @@
 """A plan that loses nothing: every layer that can be decomposed, at its full rank."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,9 +12,9 @@ from rankprune.schemes import schemes_for
 from zoo.architecture import Inputs
 
 
-def full_rank_plan(model: nn.Module, x: Inputs, scheme: str) -> rp.Plan:
+def full_rank_plan(model: nn.Module, x: Inputs, scheme: str, exclude: Sequence[str] = ()) -> rp.Plan:
     """Every layer that `scheme` can express, also where its pair costs more; with "auto" the schemes take turns."""
-    plan = rp.make_plan(model, x, scheme=scheme, rule=rp.FixedRank(1), include=["*"])
+    plan = rp.make_plan(model, x, scheme=scheme, rule=rp.FixedRank(1), include=["*"], exclude=exclude)
     modules = dict(model.named_modules())
     entries: list[LayerPlan] = []
     for place, entry in enumerate(plan.layers):

@@ -71,6 +71,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Classes of timm.models, whose names of create_model cannot be changed, and their settings."""
 
+TIED = ("coat_tiny",)
 FAST = ("beit_base_patch16_224", "convmixer", "volo")
 
 WIDE = (
@@ -119,6 +120,8 @@ def architectures() -> list[Architecture]:
 
     def entry(name: str, build: Callable[[], nn.Module]) -> Architecture:
         scheme = "channel" if name in WIDE else "auto"
-        return Architecture(name, "timm", "classification", build, noise(2, 3, 64, 64), fast=name in FAST, scheme=scheme)
+        return Architecture(
+            name, "timm", "classification", build, noise(2, 3, 64, 64), fast=name in FAST, tied=name in TIED, scheme=scheme
+        )
 
     return [entry(name, build) for name, build in sorted(builders.items())]

@@ -262,6 +262,8 @@ TIED = (
     *("MambaForCausalLM", "RecurrentGemmaForCausalLM"),
     *(*MASKED, *TRANSLATION, *SPEAKING),
 )
+READ = {"RecurrentGemmaForCausalLM": ("*.conv_1d",)}
+"""Layers whose weights are read where generate() goes on from a cache."""
 
 
 def _build(name: str, settings: Settings) -> Callable[[], nn.Module]:
@@ -279,7 +281,8 @@ def architectures() -> list[Architecture]:
 
     def entry(name: str, task: str, settings: Settings, inputs: Callable[[], Inputs]) -> Architecture:
         flags = {"generates": name in GENERATES, "tied": name in TIED, "fast": name in FAST}
-        return Architecture(name, "transformers", task, _build(name, settings), inputs, **flags)
+        exclude = READ.get(name, ())
+        return Architecture(name, "transformers", task, _build(name, settings), inputs, exclude=exclude, **flags)
 
     found = [entry(name, "language", settings, tokens) for name, settings in (CAUSAL | MASKED).items()]
     found += [entry(name, "language", settings, translation) for name, settings in TRANSLATION.items()]
