@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow bench bench-cifar clean
+.PHONY: demo check test test-slow docs bench bench-cifar clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -20,6 +20,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/pytest -n 0 -m slow
+
+# Into site/, for any web server or the browser; only the search needs a server, like python3 -m http.server -d site.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The CIFAR-10 table: one command a row, dense networks first, for others build on them. Days on two cores; a killed run goes on.
 RUN := $(BIN)/rankprune bench run benchmarks/experiments

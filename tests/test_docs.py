@@ -1,0 +1,114 @@
+"""The documentation: its tutorials run and print what they show, and its navigation and reference leave nothing out."""
+
+import ast
+import io
+import math
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankprune as rp
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+FOREIGN = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+
+
+def blocks(text: str) -> list[tuple[str, str | None]]:
+    """The Python blocks of a page, on the lines they have there, each with the output shown right after it, if there is one."""
+    found: list[tuple[str, str | None]] = []
+    for block in BLOCK.finditer(text):
+        if block[1] == "python":
+            found.append(("\n" * text[: block.start(2)].count("\n") + block[2], None))
+        else:
+            if not found or found[-1][1] is not None:
+                raise AssertionError(f"this output follows no code: {block[2]}")
+            found[-1] = found[-1][0], block[2]
+    return found
+
+
+def alike(shown: str, printed: str) -> bool:
+    """Whether two texts are the same but for white space, and numbers differ by less than 30 % or by 1 if whole."""
+    figures, others = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (shown, printed))
+    same = [NUMBER.sub("#", text).split() for text in (shown, printed)]
+    return (
+        same[0] == same[1]
+        and len(figures) == len(others)
+        and all(
+            math.isclose(a, b, rel_tol=0.3) or (a.is_integer() and b.is_integer() and abs(a - b) <= 1)
+            for a, b in zip(figures, others, strict=True)
+        )
+    )
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_tutorial_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks(page.read_text())
+    assert code
+    for source, _ in code:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                pytest.importorskip((name or "").split(".")[0])
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for source, shown in code:
+        output = io.StringIO()
+        with redirect_stdout(output):
+            exec(compile(source, str(page), "exec"), namespace)
+        if shown is not None and not alike(shown, output.getvalue()):
+            raise AssertionError(f"{page.name} shows\n{shown}\nbut the code above it printed\n{output.getvalue()}")
+
+
+def test_outputs_are_compared() -> None:
+    assert alike("rank 8 of 1,000\n  97.5 %", "rank  9 of 1,100 88.1 %\n")
+    assert not alike("97.5 %", "60.0 %")
+    assert not alike("rank 8", "rank 12")
+    assert not alike("spatial 8", "channel 8")
+    assert not alike("8", "8 9")
+
+
+def test_blocks_keep_their_lines_and_outputs() -> None:
+    page = "text\n\n```python\na = 1\n```\n\n```sh\nls\n```\n\n```python\nprint(a)\n```\n\n```text\n1\n```\n"
+    assert blocks(page) == [("\n\n\na = 1\n", None), ("\n" * 11 + "print(a)\n", "1\n")]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (rankprune[\w.]*)$", pages, re.MULTILINE)}
+    assert set(rp.__all__) - documented == set()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    yaml = pytest.importorskip("yaml")
+
+    def listed(entry: Any) -> set[str]:
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(listed, entry.values() if isinstance(entry, dict) else entry))
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert listed(nav) == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert len(pages) > len(list(DOCS.rglob("*.md")))
+    assert {page.name: FOREIGN.findall(page.read_text()) for page in pages if FOREIGN.search(page.read_text())} == {}
+    assert "<math" in (tmp_path / "method.html").read_text()
+    assert "arithmatex" not in (tmp_path / "method.html").read_text()
