@@ -22,9 +22,11 @@ from rankprune.cost import cpu_name
 from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.experiment import Folders
 from rankprune.recipes.images import load_images
+from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
 from rankprune.recipes.runner import commit
-from rankprune.recipes.training import Progress, TrainConfig, train
+from rankprune.recipes.schedule import TrainConfig
+from rankprune.recipes.training import train
 
 EVERY, ROUNDS, WARM = 20, 8, 2
 RESULT = Path(__file__).parent / "results" / "overhead-resnet20.json"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from coloured import coloured, write_parquet
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.processes import Processes
-from test_recipes_training import coloured, write_parquet
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 needs_gloo = pytest.mark.skipif(

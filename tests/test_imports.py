@@ -22,7 +22,6 @@ ORDER = [
     "backends",
     "stopwatch",
     "calibration",
-    "latency_cache",
     "latency",
     "ranks",
     "budget",
@@ -47,6 +46,7 @@ ORDER = [
 OPTIONAL = [
     *("typer", "rich", "matplotlib", "sklearn", "pyarrow", "PIL", "onnxruntime", "onnx", "onnxscript"),
     *("openvino", "executorch", "lightning", "transformers", "accelerate", "huggingface_hub"),
+    *("datasets", "timm", "torchvision"),
 ]
 
 

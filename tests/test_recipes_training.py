@@ -1,10 +1,13 @@
-"""The training loop and experiments: they learn, resume to the bit, and report on what they saved."""
+"""The training loop: it learns, and resumes to the bit."""
 
 import copy
-import io
 import json
 import math
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,26 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankprune as rp
-from rankprune.checkpoint import load_exactly, read_tensors
+from coloured import coloured
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
-from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
-from rankprune.recipes.images import ImageSet, load_images
-from rankprune.recipes.resnet import resnet
-from rankprune.recipes.runner import run, write
-from rankprune.recipes.training import Progress, TrainConfig, learning_rate, loss_of, train
+from rankprune.recipes.objective import loss_of
+from rankprune.recipes.progress import Progress
+from rankprune.recipes.schedule import TrainConfig, learning_rate
+from rankprune.recipes.training import train
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, precision="float32", compile=False)
-
-
-def coloured(count: int, size: int = 6, seed: int = 0) -> ImageSet:
-    """Noise around one of four colours, which is the label."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (count,), generator=generator)
-    colours = torch.tensor([[60, 60, 60], [190, 60, 60], [60, 190, 60], [60, 60, 190]])
-    noise = torch.randint(-50, 50, (count, size, size, 3), generator=generator)
-    images = (colours[labels][:, None, None] + noise).to(torch.uint8)
-    return ImageSet(images, labels, ("grey", "red", "green", "blue"))
 
 
 def network(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
@@ -114,13 +106,16 @@ def kill_in_epoch(number: int) -> Callable[[Progress], None]:
     return on_step
 
 
+@pytest.mark.parametrize("checkpoint_steps", [0, 1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_killed_and_called_again_is_uninterrupted(tmp_path: Path, pruned: bool, dropout: float) -> None:
+def test_killed_and_called_again_is_uninterrupted(tmp_path: Path, pruned: bool, dropout: float, checkpoint_steps: int) -> None:
+    config = replace(CONFIG, checkpoint_steps=checkpoint_steps)
+
     def call(seed: int, checkpoint: Path | None, on_step: Callable | None = None) -> tuple:
         model = network(seed, dropout)
         trp = pruning(model) if pruned else None
-        return model, train(model, batches(seed=4), CONFIG, trp=trp, checkpoint=checkpoint, on_step=on_step), trp
+        return model, train(model, batches(seed=4), config, trp=trp, checkpoint=checkpoint, on_step=on_step), trp
 
     whole, log, trp = call(0, None)
     expected = copy.deepcopy(whole)  # finalize projects, and changes weights by rounding
@@ -129,16 +124,79 @@ def test_killed_and_called_again_is_uninterrupted(tmp_path: Path, pruned: bool, 
         call(0, path, kill_in_epoch(1))
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
     torch.rand(3)
-    resumed, log2, trp2 = call(1, path)
+    steps: list[Progress] = []
+    resumed, log2, trp2 = call(1, path, steps.append)
+    assert (steps[0].epoch, steps[0].step) == (1, 2 if checkpoint_steps == 1 else 1)
     exactly_same(resumed, whole)
     assert [(e.epoch, e.loss, e.ranks) for e in log2] == [(e.epoch, e.loss, e.ranks) for e in log]
     if trp:
         assert (trp2.steps, trp2.plan, trp2.history) == (12, trp.plan, trp.history)
         exactly_same(trp2.finalize(), trp.finalize())
-    steps: list[Progress] = []
+    steps.clear()
     again, log3, _ = call(2, path, steps.append)  # finished: nothing is left to do
     exactly_same(again, expected)
     assert (log3, steps) == (log2, [])
+
+
+KILLED = """
+import os, signal, sys, torch
+from dataclasses import replace
+from pathlib import Path
+from test_recipes_training import CONFIG, batches, network, pruning, train
+
+def kill(progress):
+    if (progress.epoch, progress.step) == (1, 4):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(int(sys.argv[2]))
+model = network(0, 0.3)
+train(model, batches(), replace(CONFIG, checkpoint_steps=3), trp=pruning(model), checkpoint=Path(sys.argv[1]), on_step=kill)
+"""
+
+
+def test_a_killed_process_is_gone_on_from_in_the_middle_of_its_epoch(tmp_path: Path) -> None:
+    path, threads = tmp_path / "checkpoint.pt", torch.get_num_threads()
+    command = [sys.executable, "-c", KILLED, str(path), str(threads)]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    resumed, whole = network(1, 0.3), network(0, 0.3)
+    steps: list[Progress] = []
+    config = replace(CONFIG, checkpoint_steps=2)  # how often they are written may change
+    log = train(resumed, batches(), config, trp=pruning(resumed), checkpoint=path, on_step=steps.append)
+    assert (steps[0].epoch, steps[0].step, len(steps)) == (1, 4, 5)
+    torch.manual_seed(0)
+    whole = network(0, 0.3)
+    assert [e.loss for e in train(whole, batches(), CONFIG, trp=pruning(whole))] == [e.loss for e in log]
+    exactly_same(resumed, whole)
+
+
+def test_input_share_is_the_part_of_the_time_that_batches_are_waited_for() -> None:
+    class Slow(TrainBatches):
+        def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().epoch(number, start):
+                time.sleep(0.1)
+                yield batch
+
+    slow = train(network(), Slow(coloured(70), 16, pad=1), CONFIG)
+    assert all(0.4 / e.seconds - 0.05 < e.input_share < 1 for e in slow)
+
+
+def test_a_checkpoint_without_the_later_options_is_gone_on_from(checkpoint: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    settings = json.loads(state["settings"])
+    del settings["training"]["label_smoothing"]
+    for entry in state["log"]:
+        del entry["input_share"]
+    former = {k: v for k, v in state.items() if k not in ("step", "loss_sum", "seconds", "waited")}
+    torch.save({**former, "settings": json.dumps(settings)}, checkpoint)
+    model = network(1)
+    log = train(model, batches(), replace(CONFIG, epochs=1), trp=pruning(model), checkpoint=checkpoint)
+    assert [e.epoch for e in log] == [0]
+    whole = network()
+    train(whole, batches(), replace(CONFIG, epochs=1), trp=pruning(whole))
+    exactly_same(model, whole)
+    with pytest.raises(rp.CheckpointError, match="another config"):
+        train(model, batches(), replace(CONFIG, epochs=1, label_smoothing=0.1), trp=pruning(model), checkpoint=checkpoint)
 
 
 def test_trp_is_detached_also_when_training_is_interrupted() -> None:
@@ -213,10 +271,8 @@ def test_learning_rate() -> None:
         (lambda: TrainConfig(lr=0.0), r"lr=0\.0"),
         (lambda: train(network(), batches(128), CONFIG), "70 images do not fill one batch of 128"),
         (lambda: train(network(), batches(), replace(CONFIG, lr=1e30)), "lower the learning rate"),
-        (lambda: resnet("resnet21"), "unknown model 'resnet21'; choose one of resnet20"),
-        (lambda: Experiment("e", method="prune"), "method='prune'"),
-        (lambda: Experiment("e", method="decompose"), "run:NAME"),
-        (lambda: Experiment("e", method="trp+nu"), r"trp\.nuclear"),
+        (lambda: TrainConfig(checkpoint_steps=-1), "checkpoint_steps=-1"),
+        (lambda: TrainConfig(label_smoothing=1.0), r"label_smoothing=1\.0"),
     ],
 )
 def test_bad_values_are_named(build: Callable, said: str) -> None:
@@ -235,184 +291,6 @@ def test_top1_leaves_the_model_alone() -> None:
     exactly_same(model, before)
 
 
-TOML = """
-method = "trp+nu"
-start = "resnet20.th"
-batch = 64
-[training]
-epochs = 2
-compile = false
-[trp]
-rule = "Energy(keep=0.9)"
-nuclear = 3e-4
-"""
-
-
-def test_experiment_from_toml(tmp_path: Path) -> None:
-    (tmp_path / "quick.toml").write_text(TOML)
-    e = Experiment.read(tmp_path / "quick.toml")
-    assert e == Experiment(
-        "quick",
-        method="trp+nu",
-        start="resnet20.th",
-        batch=64,
-        training=TrainConfig(epochs=2, compile=False),
-        trp=TrpConfig(rule="Energy(keep=0.9)", nuclear=3e-4),
-    )
-    assert e.with_seed(0) == e
-    assert (e.with_seed(3).name, e.with_seed(3).training.seed) == ("quick-seed3", 3)
-    assert replace(e.with_seed(3), name="quick", training=e.training) == e
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("colour = 1", r"quick\.toml.*unknown fields \['colour'\].*known ones are name, method"),
-        ("[training]\nlearning = 1", r"\['learning'\].*epochs"),
-        ("[trp]\nrang = 1", r"\['rang'\].*rule"),
-        ("batch = = 3", r"cannot read.*quick\.toml"),
-        ('method = "other"', "method='other'"),
-    ],
-)
-def test_bad_toml(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "quick.toml").write_text(text)
-    with pytest.raises(rp.RankPruneError, match=said):
-        Experiment.read(tmp_path / "quick.toml")
-    with pytest.raises(rp.RankPruneError, match="nowhere"):
-        Experiment.read(tmp_path / "nowhere.toml")
-
-
-def write_parquet(path: Path, data: ImageSet) -> None:
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    image = pytest.importorskip("PIL.Image")
-
-    def png(picture: Tensor) -> dict:
-        image.fromarray(picture.numpy()).save(buffer := io.BytesIO(), "png")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(arrow.table({"img": [png(p) for p in data.images], "label": data.labels.tolist()}), path)
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Folders:
-    write_parquet(tmp_path / "data" / "tiny" / "train-0.parquet", coloured(48, 8))
-    write_parquet(tmp_path / "data" / "tiny" / "test-0.parquet", coloured(30, 8, seed=5))
-    return Folders(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
-
-
-ALWAYS = {
-    *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
-    *("wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
-}
-DECOMPOSED = {
-    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_batch", "ms_spread", "ranks"),
-    "spectra",
-}
-TINY = Experiment("tiny", dataset="tiny", batch=16, training=TrainConfig(epochs=1, lr=0.02, compile=False))
-
-
-def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
-    pruned = TrpConfig(every=2, ramp=0.5)
-    experiments = [
-        replace(TINY, name="dense", method="dense"),
-        replace(TINY, name="trp", trp=pruned),
-        replace(TINY, name="nu", method="trp+nu", trp=replace(pruned, nuclear=3e-3)),
-        replace(TINY, name="plain", method="decompose", start="run:dense"),
-        replace(TINY, name="tuned", method="decompose+finetune", start="run:dense"),
-        replace(TINY, name="ours", method="ours", start="run:dense", training=replace(TINY.training, distill=0.7), trp=pruned),
-    ]
-    experiments[-1] = replace(experiments[-1], teacher="run:trp", reference="run:dense")
-    results = {e.name: run(e, folders) for e in experiments}
-    test = load_images(folders.data / "tiny", "test")
-    for e in experiments:
-        result = results[e.name]
-        saved = json.loads(write(result, tmp_path / "results").read_text())
-        assert saved == json.loads(json.dumps(result))
-        extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
-        assert saved.keys() == ALWAYS | extra
-        assert (saved["name"], saved["method"]) == (e.name, e.method)
-        assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
-        assert saved["macs_dense"] == (40_551_040 - 640) // 16 + 64 * 4  # a sixteenth of the pixels, four classes
-        if e.method != "dense":
-            small = rp.load(folders.runs / e.name / "artefact", resnet("resnet20", 4))
-            assert top1(small, eval_batches(test)) == saved["top1"]
-            assert rp.count(small, torch.zeros(1, 3, 8, 8)).macs == saved["macs"] <= saved["macs_dense"] / 2.2
-            assert saved["macs"] > 0.98 * saved["macs_dense"] / 2.2
-    assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
-    assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
-    assert results["ours"]["top1_dense"] == results["dense"]["top1_dense"]
-    for name, ranks in results["trp"]["ranks"].items():
-        before, after = (results["trp"]["spectra"][when][name] for when in ("before", "after"))
-        assert before[0] == after[0] == 1.0
-        assert before[ranks] > 1e-3 > 1e-5 > after[ranks], "the tail is gone"
-    dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
-    assert all(torch.equal(dense[name], plain[name]) for name in dense)
-    assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
-    tuned = read_tensors(folders.runs / "tuned" / "artefact" / "model.safetensors")
-    plain = read_tensors(folders.runs / "plain" / "artefact" / "model.safetensors")
-    assert tuned.keys() == plain.keys()
-    assert not torch.equal(tuned["layer1.0.conv1.0.weight"], plain["layer1.0.conv1.0.weight"])
-
-
-def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
-    e = replace(TINY, name="again", training=replace(TINY.training, epochs=2), trp=TrpConfig(every=2))
-    with pytest.raises(KilledError):
-        run(e, folders, kill_in_epoch(1))
-    results = [run(e, folders), run(e, folders)]
-    apart = run(replace(e, name="apart"), folders)
-    for result in results:
-        for key in ("top1", "top1_before_decomposition", "macs", "ranks"):
-            assert result[key] == apart[key]
-    ours, theirs = (read_tensors(folders.runs / name / "artefact" / "model.safetensors") for name in ("again", "apart"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:
-    result = run(replace(TINY, method="dense", holdout=8), folders)
-    assert (result["train_images"], result["test_images"], result["test_split"]) == (40, 8, "holdout")
-
-
-def test_start_from_a_file_and_what_is_missing(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(rp.RankPruneError, match="run that experiment first"):
-        run(replace(TINY, start="run:other"), folders)
-    with pytest.raises(rp.CheckpointError, match=r"start\.th"):
-        run(replace(TINY, start="start.th"), folders)
-    with pytest.raises(rp.RankPruneError, match="no 'train' images under"):
-        run(replace(TINY, dataset="other"), replace(folders, data=tmp_path / "empty"))
-    folders.models.mkdir()
-    start = resnet("resnet20", 4)
-    torch.save({"state_dict": {f"module.{n}": v for n, v in start.state_dict().items()}}, folders.models / "start.th")
-    run(replace(TINY, method="decompose", start="start.th"), folders)
-    used = resnet("resnet20", 4)
-    load_exactly(used, read_tensors(folders.runs / "tiny" / "dense.safetensors"), "x")
-    exactly_same(used, start)
-
-
-def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "d"))
-    assert Folders.from_environment("r") == Folders(tmp_path / "d", tmp_path / "models", Path("r"))
-    (tmp_path / "d" / "models").mkdir(parents=True)
-    assert Folders.from_environment().models == tmp_path / "d" / "models"
-
-
-def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
-    e = replace(
-        TINY,
-        method="ours",
-        start="file.th",
-        teacher="run:dense",
-        reference="run:dense",
-        training=replace(TINY.training, distill=0.5),
-    )
-    assert e.with_seed(0) is e
-    other = e.with_seed(2)
-    assert (other.name, other.start, other.teacher, other.training.seed) == ("tiny-seed2", "file.th", "run:dense-seed2", 2)
-    assert other.reference == "run:dense-seed2"
-    with pytest.raises(rp.RankPruneError, match="teaches nothing"):
-        replace(e, training=TINY.training)
-
-
 def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:
     logits, answers, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
     config = replace(CONFIG, distill=0.7, temperature=4.0)
@@ -421,6 +299,8 @@ def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:
     expected = 0.3 * F.cross_entropy(logits, labels) + 0.7 * 16 * divergence
     torch.testing.assert_close(loss_of(logits, labels, answers, config), expected)
     torch.testing.assert_close(loss_of(logits, labels, None, config), F.cross_entropy(logits, labels))
+    smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.2 * logits.log_softmax(1).mean()
+    torch.testing.assert_close(loss_of(logits, labels, None, replace(CONFIG, label_smoothing=0.2)), smoothed)
 
 
 def test_a_teacher_is_left_alone_and_taught_from_as_it_was_at_the_start() -> None:

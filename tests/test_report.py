@@ -1,13 +1,20 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 from torch import nn
+from typer.testing import CliRunner
 
 import rankprune as rp
+from example_results import WICKED, decomposed, every_kind_of_run
+from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
+from rankprune.report.axes import Axis, axis_of, tick_label
+from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
 from rankprune.report.plots import plot_results, plot_training
-from rankprune.report.tables import BEGIN, END, markdown_table, read_results, replace_between_marks
+from rankprune.report.results import read_results
+from rankprune.report.tables import Table, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +36,7 @@ def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
 
 
 def test_rows_hold_mean_spread_drop_and_ratios():
-    table = markdown_table([result("trp", 88.0), result("trp", 89.0, seed=1), result("dense", 90.0)])
+    table = markdown_table(overview([result("trp", 88.0), result("trp", 89.0, seed=1), result("dense", 90.0)]))
     dense, trp = table.splitlines()[2:]
     assert dense.startswith("| resnet20 | dense |")
     assert "| 90.00 |" in dense
@@ -39,14 +46,14 @@ def test_rows_hold_mean_spread_drop_and_ratios():
 def test_a_row_without_a_reference_has_no_drop():
     alone = result("trp", 88.0)
     del alone["top1_dense"]
-    assert "| 88.00 |  | 400 |" in markdown_table([alone])
+    assert "| 88.00 |  | 400 |" in markdown_table(overview([alone]))
 
 
 def test_rows_differ_by_what_they_had_help_from():
     taught = {"start": "a", "training": {"distill": 0.7, "seed": 3}}
-    table = markdown_table([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)])
+    table = markdown_table(overview([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)]))
     assert [row.split(" | ")[1] for row in table.splitlines()[2:]] == ["ours", "ours distilled"]
-    assert "ours from scratch" in markdown_table([result("ours", 80.0, config={})])
+    assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
 
 
 def test_pictures_of_results(tmp_path):
@@ -64,7 +71,7 @@ def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(result("trp", 1.0)))
     (tmp_path / "a.json").write_text(json.dumps(result("dense", 2.0)))
     (tmp_path / "c.json").write_text("{}")
-    assert [r["method"] for r in read_results(tmp_path)] == ["dense", "trp"]
+    assert [r["method"] for r in read_results([tmp_path])] == ["dense", "trp"]
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -72,7 +79,24 @@ def test_no_results_or_a_broken_one_is_an_error(tmp_path, content):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(rp.RankPruneError, match=r"results of experiments|is not JSON"):
-        read_results(tmp_path)
+        read_results([tmp_path])
+
+
+def test_files_and_folders_are_read_once_each(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(result("dense", 2.0)))
+    (tmp_path / "b.json").write_text(json.dumps(result("trp", 1.0)))
+    assert [r["method"] for r in read_results([tmp_path / "b.json", tmp_path])] == ["trp", "dense"]
+
+
+def test_a_file_asked_for_must_be_a_result(tmp_path):
+    (tmp_path / "a.json").write_text('{"method": "trp"}')
+    with pytest.raises(rp.RankPruneError, match="lacks config, dataset"):
+        read_results([tmp_path / "a.json"])
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(rp.RankPruneError, match="no object"):
+        read_results([tmp_path / "a.json"])
+    with pytest.raises(rp.RankPruneError, match=r"cannot read the result .*nowhere"):
+        read_results([tmp_path / "nowhere.json"])
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
@@ -82,12 +106,12 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 
 def test_the_readme_shows_the_table_of_the_committed_results():
-    table = markdown_table(read_results(ROOT / "benchmarks" / "results"))
+    table = markdown_table(overview(read_results([ROOT / "benchmarks" / "results"])))
     assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text(), "run: rankprune report --into README.md"
 
 
 def test_committed_results_say_how_they_came_about():
-    for r in read_results(ROOT / "benchmarks" / "results"):
+    for r in read_results([ROOT / "benchmarks" / "results"]):
         assert {"config", "seed", "commit", "versions", "cpu", "date", "wall_s", "epochs"} <= set(r)
         assert r["commit"], "a result comes from a commit"
         assert not r["commit"].endswith("+"), "a result comes from files as committed"
@@ -103,3 +127,104 @@ def test_a_picture_is_drawn(tmp_path):
     data = (tmp_path / "spectra.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 10_000
+
+
+def test_one_run_has_all_tables_and_several_are_set_side_by_side():
+    runs = every_kind_of_run()
+    titles = ["Figures", "Latency", "Ranks over training", "Spectra", "Cost per layer", "Layers that stay dense", "Config"]
+    assert [table.title for table in tables(runs[1:2])] == ["Results", *titles]
+    assert [table.title for table in tables(runs)] == ["Results", "Ranks of net, run by run"]
+    for table in (t for run in runs for t in (*tables([run]), *tables(runs))):
+        assert all(len(row) == len(table.columns) for row in table.rows), table.title
+
+
+def test_tables_of_a_run_hold_what_its_plan_and_log_say():
+    run = decomposed("a", "trp", "spatial", 88.0)
+    by_title = {table.title: table for table in run_tables(run)}
+    plan = rp.Plan.from_json(json.dumps(run["plan"]))
+    costs = {row[0]: row for row in by_title["Cost per layer"].rows}
+    assert list(costs) == [layer.name for layer in plan.layers]
+    for layer in plan.layers:
+        assert costs[layer.name][5:7] == (f"{layer.macs_before:,}", f"{layer.macs_after:,}")
+    reasons = {name: reason for reason, names in by_title["Layers that stay dense"].rows for name in names.split(", ")}
+    assert reasons == plan.skipped
+    name, rank = next(iter(plan.ranks.items()))
+    assert (name, str(rank + 2), str(rank)) == by_title["Ranks over training"].rows[0]
+    spectrum = {row[0]: row for row in by_title["Spectra"].rows}[name]
+    assert int(spectrum[1]) > int(spectrum[2]) == int(spectrum[3]) == rank
+    assert ("training.epochs", "3") in by_title["Config"].rows
+
+
+def test_ranks_over_a_long_training_are_those_of_some_epochs_with_the_first_and_the_last():
+    log = [{"epoch": i, "loss": 1.0, "seconds": 1.0, "ranks": {"a": 200 - i}} for i in range(100)]
+    shown = ranks_over_training({**decomposed("a", "trp", "spatial", 88.0), "log": log})
+    assert len(shown.columns) == 1 + 8
+    assert (shown.columns[1], shown.columns[-1]) == ("1", "100")
+    assert (shown.rows[0][1], shown.rows[0][-1]) == ("200", "101")
+
+
+def test_layers_that_a_run_left_dense_keep_their_place_side_by_side():
+    ranks = [{"a": 1, "c": 3}, {"a": 1, "b": 2, "c": 3}, {"b": 2, "d": 4}]
+    (table,) = ranks_together([result("trp", 80.0, name=str(i), ranks=r) for i, r in enumerate(ranks)])
+    assert [row[0] for row in table.rows] == ["a", "b", "c", "d"] or [row[0] for row in table.rows] == ["a", "b", "d", "c"]
+    assert table.rows[0][1:] == ("1", "1", "dense")
+
+
+def test_markdown_cells_cannot_end_their_cell():
+    text = markdown([Table("Title", ("a", "b"), [(WICKED, "1\n2")], note="Note."), Table("Empty", (), (), note="Nothing.")])
+    title, table, note, *rest = text.split("\n\n")
+    assert (title, note, rest) == ("## Title", "Note.", ["## Empty", "Nothing."])
+    head, rule, row = table.splitlines()
+    assert (head, rule) == ("| a | b |", "|---|--:|")
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert "<" not in row
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [34.67, 88.73], [88.0], [0.0], [1e-6, 2e-6], [-3.0, 1e6]])
+def test_an_axis_holds_its_values_between_ticks(values):
+    axis = axis_of(values, 300, 20)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 12
+    assert (ticks[0], ticks[-1]) == pytest.approx((axis.low, axis.high))
+    assert all(20 <= axis(v) <= 300 for v in values)
+    assert axis(axis.low) == 300
+    assert axis(axis.high) == 20
+
+
+def test_a_logarithmic_axis_goes_by_powers_of_ten():
+    axis = Axis(1e-4, 1, 100, 0, log=True)
+    assert [round(axis(t)) for t in axis.ticks()] == [100, 75, 50, 25, 0]
+    assert axis(0.0) == 100
+
+
+def test_ticks_are_short():
+    assert [tick_label(v) for v in (0, 0.5, 12, 500_000, 2.5e6, 4e9, 1e-4)] == ["0", "0.5", "12", "500k", "2.5M", "4G", "1e-4"]
+
+
+def report(*arguments: str) -> str:
+    return CliRunner().invoke(app, ["report", *arguments], catch_exceptions=False).output
+
+
+def test_the_command_writes_every_form(tmp_path):
+    for run in every_kind_of_run()[:3]:
+        run.pop("spectra", None)  # drawing them takes long, and test_pictures_of_results does
+        (tmp_path / f"{run['name']}.json").write_text(json.dumps(run))
+    text = report(str(tmp_path))
+    assert "Ranks of net, run by run" in text
+    assert "88.50 ± 0.71" in text
+    assert "the last Linear stays dense" in report(str(tmp_path / "trained.json"))
+    assert markdown(tables(read_results([tmp_path]))) in report(str(tmp_path), "--markdown")
+    readme, html, plots = tmp_path / "README.md", tmp_path / "page.html", tmp_path / "plots"
+    readme.write_text(f"{BEGIN}\n{END}")
+    text = report(str(tmp_path), "--into", str(readme), "--plots", str(plots), "--html", str(html))
+    assert "| net | trp | spatial | 3 | 88.50 ± 0.71 |" in readme.read_text()
+    assert (plots / "accuracy.svg").is_file()
+    assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [line.split()[0] for line in text.splitlines()] == ["page", "table", "plot"]
+    assert "Ranks of net" not in text
+
+
+def test_terminal_tables_take_texts_as_they_are(tmp_path):
+    (wicked,) = [run for run in every_kind_of_run() if run["name"] == WICKED]
+    (tmp_path / "a.json").write_text(json.dumps(wicked))
+    assert WICKED in report(str(tmp_path))

@@ -15,7 +15,8 @@ from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Folders
 from rankprune.recipes.images import ImageSet, load_images
 from rankprune.recipes.resnet import CifarResNet, resnet
-from rankprune.recipes.training import TrainConfig, train
+from rankprune.recipes.schedule import TrainConfig
+from rankprune.recipes.training import train
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

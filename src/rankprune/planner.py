@@ -14,7 +14,7 @@ from rankprune.calibration import whitenings
 from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
-from rankprune.latency import LatencyTable, Subject, measure_table, ranks_to_try
+from rankprune.latency import LatencyTable, Subject, correct_table, measure_table, ranks_to_try
 from rankprune.layers import Layer, own_weight, select, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
@@ -115,11 +115,13 @@ class Planner:
             assert isinstance(rule, Budget)
             assert example_inputs is not None
             tries = backend_named(rule.backend).ranks
-            subjects = {name: _subject(options, tries) for name, options in self.options.items()}
-            self.latency = measure_table(self.model, example_inputs, subjects, rule.backend, rule.threads)
+            self._subjects = {name: _subject(options, tries) for name, options in self.options.items()}
+            self._example_inputs = example_inputs
+            self.latency = measure_table(self.model, example_inputs, self._subjects, rule.backend, rule.threads)
         flat = self._flat()
         flat_spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in flat.items()}
         self._choose(flat_spectra, rule)  # raises if the rule cannot be met, whatever the spectra
+        self.correct_latency(flat_spectra)
         self.join(Team.alone())
         layers = {key: (o.layer.module, o.scheme) for key, o in flat.items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
@@ -202,6 +204,13 @@ class Planner:
             dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(scheme, {})
         return Candidate(scheme, spectra[name, scheme], option.unit, dense, self.round_to, pair_ns)
 
+    def correct_latency(self, spectra: Mapping[Key, Spectrum]) -> None:
+        """Time the network as the rule would decompose it at these spectra, and set the table right by that."""
+        if self.latency is not None:
+            _, choices = self._choose(spectra, self.rule)
+            variant = {name: (c.scheme, c.rank) for name, c in choices.items() if c.scheme and c.rank}
+            self.latency = correct_table(self.latency, self.model, self._example_inputs, self._subjects, variant)
+
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
         starts = {}
@@ -264,7 +273,9 @@ def make_plan(
         round_to=round_to,
         calibration=calibration,
     )
-    return planner.plan(planner.factor())
+    factored = planner.factor()
+    planner.correct_latency(factored.spectra)
+    return planner.plan(factored)
 
 
 def _effort(option: Option) -> float:

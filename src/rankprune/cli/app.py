@@ -5,6 +5,7 @@ import typer
 from rankprune.cli.demo import demo
 from rankprune.cli.export import export
 from rankprune.cli.inspect import count, evaluate
+from rankprune.cli.latency import bench_latency
 from rankprune.cli.plan import decompose, plan
 from rankprune.cli.report import report
 from rankprune.cli.train import bench_run, train
@@ -15,4 +16,5 @@ for command in (demo, train, report, plan, decompose, evaluate, count, export):
 
 bench = typer.Typer(help="Benchmarks: one file a run, one JSON a result.", no_args_is_help=True)
 bench.command("run")(bench_run)
+bench.command("latency")(bench_latency)
 app.add_typer(bench, name="bench")

@@ -1,25 +1,41 @@
 """What the terminal shows: progress bars and tables."""
 
+import datetime
+import statistics
+import time
 from collections.abc import Callable, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from rankprune.recipes.training import Progress as Step
+from rankprune.recipes.progress import Progress as Step
 
 console = Console()
 
 
 class TrainingBars:
-    """One progress bar a training; a context manager, fed by the training's on_step callbacks."""
+    """One progress bar a training, or a line a minute where there is no terminal; a context manager, fed by on_step callbacks.
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    Args:
+        epochs: of each training.
+        every_s: seconds between two lines, where there is no terminal.
+    """
+
+    def __init__(self, epochs: int, every_s: float = 60.0) -> None:
+        self.epochs, self.every_s = epochs, every_s
         self._tasks: dict[str, TaskID] = {}
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self._shown: dict[str, float] = {}
         self._progress = Progress(
-            *columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            speed_estimate_period=120,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> "TrainingBars":
@@ -32,26 +48,51 @@ class TrainingBars:
     def update(self, name: str, step: Step) -> None:
         """Show that the training `name` has come to `step`."""
         total = self.epochs * step.steps_per_epoch
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note="")
         done = step.epoch * step.steps_per_epoch + step.step
-        if step.step % 10 == 0 or done == total:
-            note = f"epoch {step.epoch + 1}/{self.epochs}  loss {float(step.loss):.3f}  lr {step.lr:.3g}"
-            self._progress.update(self._tasks[name], completed=done, note=note)
+        if name not in self._tasks:  # a resumed one begins where it was
+            self._tasks[name] = self._progress.add_task(name, total=total, completed=done - 1, note="")
+            self._shown[name] = time.monotonic()
+        self._progress.update(self._tasks[name], completed=done)
+        if time.monotonic() - self._shown[name] < (1 if console.is_terminal else self.every_s) and done < total:
+            return
+        self._shown[name] = time.monotonic()
+        task = self._progress.tasks[self._tasks[name]]
+        note = _note(step, self.epochs, task.speed, task.time_remaining)
+        self._progress.update(task.id, note=note)
+        if not console.is_terminal:
+            say(f"{name}  {done / total:.0%}  {note}")
 
     def named(self, name: str) -> Callable[[Step], None]:
         """The callback for the training `name`."""
         return lambda step: self.update(name, step)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; all columns but the first are right-aligned."""
-    table = Table(title=title, title_justify="left")
+def _note(step: Step, epochs: int, steps_per_s: float | None, seconds_left: float | None) -> str:
+    words = [f"epoch {step.epoch + 1}/{epochs}", f"loss {float(step.loss):.3f}", f"lr {step.lr:.3g}"]
+    if plan := step.plan:
+        if plan.macs and plan.macs_dense:
+            words.append(f"MACs {plan.macs / plan.macs_dense:.0%}")
+        if plan.ranks:
+            words.append(f"mean rank {statistics.mean(plan.ranks.values()):.0f}")
+    if steps_per_s:
+        words.append(f"{steps_per_s * step.images:.0f} images/s")
+    if seconds_left:
+        end = datetime.datetime.now() + datetime.timedelta(seconds=seconds_left)
+        words.append(f"ends {end:%a %H:%M}")
+    return "  ".join(words)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, note: str = "") -> None:
+    """Print a table, all columns but the first `words` right-aligned, and a note under it; of one without rows the note."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        table.add_column(column, justify="left" if i < words else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(Text, row))
+    wide = console if console.is_terminal else Console(width=1000)  # a terminal folds columns; a file has room
+    wide.print(table if rows else Text(title))
+    if note:
+        say(note)
 
 
 def say(text: str) -> None:

@@ -5,24 +5,36 @@ from typing import Annotated
 
 import typer
 
-from rankprune.cli.console import say
+from rankprune.cli.console import say, show_table
+from rankprune.report.markdown import markdown, markdown_table, replace_between_marks
+from rankprune.report.page import page
 from rankprune.report.plots import plot_results
-from rankprune.report.tables import markdown_table, read_results, replace_between_marks
+from rankprune.report.results import read_results
+from rankprune.report.tables import overview, tables
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("benchmarks/results"),
-    into: Annotated[Path | None, typer.Option(help="Write the table between the marks in this Markdown file.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of results, or their files.", show_default="benchmarks/results")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Write the overview between the marks in this Markdown file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw accuracy, spectra and ranks into this folder.")] = None,
+    in_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """A Markdown table of all results, and pictures of them."""
-    found = read_results(results)
-    table = markdown_table(found)
-    if into is None:
-        say(table)
-    else:
-        into.write_text(replace_between_marks(into.read_text(), table))
+    """Tables of runs side by side, or all about a single one; and a page, Markdown, or pictures of the same."""
+    found = read_results(results or [Path("benchmarks/results")])
+    if html is not None:
+        html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")
+        say(f"page   {html}")
+    if into is not None:
+        into.write_text(replace_between_marks(into.read_text(), markdown_table(overview(found))))
         say(f"table  {into}")
     if plots is not None:
         for file in plot_results(plots, found):
             say(f"plot   {file}")
+    if in_markdown:
+        say(markdown(tables(found)))
+    elif html is None and into is None and plots is None:
+        for table in tables(found):
+            show_table(table.title, table.columns, table.rows, words=table.words, note=table.note)

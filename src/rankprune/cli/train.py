@@ -9,16 +9,22 @@ from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.cli.options import Rule, SchemeName
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes import runner
+from rankprune.recipes.networks import IMAGENET
+from rankprune.recipes.photograph_batches import PhotographConfig
+from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import joined
-from rankprune.recipes.training import TrainConfig
+from rankprune.recipes.schedule import TrainConfig
 
 
 def train(
-    model: Annotated[str, typer.Option(help="resnet20, 32, 44, 56 or 110.")] = "resnet20",
+    model: Annotated[str, typer.Option(help="resnet20, 32, 44, 56 or 110; for photographs resnet18 or 50.")] = "resnet20",
     data: Annotated[
-        Path | None, typer.Option(help="CIFAR-10 files, parquet or an image folder; default $RANKPRUNE_DATA.")
+        str | None,
+        typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME; default $RANKPRUNE_DATA."),
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="Pretrained weights to go on from.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Pretrained weights to go on from: a file, torchvision:NAME or timm:NAME.")
+    ] = None,
     method: Annotated[str, typer.Option(help="trp, trp+nu, dense or decompose.")] = "trp",
     scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=1/2.2)",
@@ -32,18 +38,21 @@ def train(
     weight_decay: float = 1e-4,
     seed: int = 0,
     holdout: Annotated[int, typer.Option(help="Training images to test on instead of the test split.")] = 0,
+    size: Annotated[int, typer.Option(help="Pixels a side of the crops, for photographs.")] = 224,
+    workers: Annotated[int, typer.Option(help="Processes that decode photographs ahead; with 0 they are kept decoded.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = True,
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoint, artefact and result.json; an interrupted run goes on.")
     ] = Path("runs/train"),
 ) -> None:
-    """Train a CIFAR ResNet with TRP, decompose it, and evaluate the decomposed model."""
+    """Train a ResNet with TRP, decompose it, and evaluate the decomposed model."""
     experiment = experiments.Experiment(
         name=out.name,
         method=method,  # type: ignore[arg-type]
         model=model,
-        start=None if start is None else str(start.resolve()),
+        dataset="cifar10" if data is None else Path(data.removeprefix(HUB)).name,
+        start=start if start is None or ":" in start else str(Path(start).resolve()),
         batch=batch,
         holdout=holdout,
         training=TrainConfig(
@@ -55,11 +64,17 @@ def train(
             seed=seed,
         ),
         trp=experiments.TrpConfig(rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze),
+        photographs=_photographs(data, size, workers) if model in IMAGENET else None,
     )
     folders = experiments.Folders.from_environment(out.parent)
     if data is not None:
-        folders = experiments.Folders(data, data, out.parent)
+        folders = experiments.Folders(Path(data), Path(data), out.parent)
     _run(experiment, folders, out, "result")
+
+
+def _photographs(data: str | None, size: int, workers: int) -> PhotographConfig:
+    sources = (data,) if data is not None and data.startswith(HUB) else ()
+    return PhotographConfig(sources, (size,), test_resize=round(size / 0.875), test_size=size, workers=workers)
 
 
 def bench_run(

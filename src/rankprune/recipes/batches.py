@@ -1,7 +1,9 @@
-"""Batches from an ImageSet: augmentation of a whole batch as one gather, normalisation, channels_last."""
+"""Batches of images: shuffling, a batch's augmentation as one gather, normalisation, channels_last."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,57 +27,93 @@ class Normalize:
         return torch.addcmul(-shift, images.float(), scale).permute(0, 3, 1, 2)
 
 
-class TrainBatches:
-    """Shuffled, randomly cropped and flipped batches; the last, incomplete one is dropped.
+class Batches(ABC):
+    """Shuffled, augmented batches to train on; the last, incomplete one is dropped.
 
-    An epoch's order and crops depend on `seed` and the epoch's number alone, so a resumed run sees the same batches.
+    An epoch's order and augmentation depend on `seed` and the epoch's number alone, so a resumed run sees the same batches.
 
     Args:
-        data: the images; moved to `device` once, padded.
+        labels: of all images, (n,).
         batch: images per batch.
-        pad: pixels of black border that crops may reach into; 0 for no crops.
-        flip: whether to mirror half of the images.
         part: of every batch, to yield; the whole batch is drawn all the same, so that parts of several processes add up to it.
     """
 
     def __init__(
         self,
-        data: ImageSet,
+        labels: Tensor,
         batch: int,
         *,
         seed: int = 0,
-        pad: int = 4,
-        flip: bool = True,
         normalize: Normalize | None = None,
         device: str | torch.device = "cpu",
         part: slice = slice(None),
     ) -> None:
         if batch < 1:
             raise RankPruneError(f"batch={batch}: give at least one image a batch")
-        self.pad, self.flip = pad, flip
-        self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(device)
-        self.labels = data.labels.to(device)
-        self.height, self.width = data.images.shape[1:3]
+        self.labels, self.device = labels.to(device), device
         self.batch, self.seed, self.part = batch, seed, part
         self.normalize = normalize or Normalize()
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of epoch `number`, or this part of them: images (batch, 3, h, w) float32 and labels (batch,)."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for index in order[: len(self) * self.batch].view(-1, self.batch):
-            yield self.normalize(self._crop(index, generator)), self.labels[index[self.part]]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the batches depend on, as plain values."""
+        return {"images": len(self.labels), "batch": self.batch, "seed": self.seed}
 
-    def _crop(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Random crops and flips of this part of the images at `index` (b,) -> (b, height, width, 3) uint8."""
-        draws = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
-        flip = torch.randint(2, (self.batch, 1), generator=generator).bool() & self.flip
-        rows = draws[0] + torch.arange(self.height)  # (b, height)
+    @abstractmethod
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of epoch `number` from batch `start` on, or this part of them.
+
+        Shapes: images (batch, 3, h, w) float32 and labels (batch,).
+        """
+
+    def _shuffled(self, number: int) -> tuple[Tensor, torch.Generator]:
+        """Which images make the batches of an epoch, (batches, batch), and the generator to draw its augmentation from."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.labels), generator=generator)
+        return order[: len(self) * self.batch].view(-1, self.batch), generator
+
+
+class TrainBatches(Batches):
+    """Batches of an ImageSet, randomly cropped and flipped.
+
+    Args:
+        data: the images; moved to `device` once, padded.
+        pad: pixels of black border that crops may reach into; 0 for no crops.
+        flip: whether to mirror half of the images.
+        options: see Batches.
+    """
+
+    def __init__(self, data: ImageSet, batch: int, *, pad: int = 4, flip: bool = True, **options: Any) -> None:
+        super().__init__(data.labels, batch, **options)
+        self.pad, self.flip = pad, flip
+        self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(self.device)
+        self.height, self.width = data.images.shape[1:3]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the batches depend on, as plain values."""
+        return super().settings | {"pad": self.pad, "flip": self.flip}
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of epoch `number` from batch `start` on."""
+        order, generator = self._shuffled(number)
+        for i, index in enumerate(order.to(self.device)):
+            offsets = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
+            flips = torch.randint(2, (self.batch, 1), generator=generator).bool() & self.flip
+            if i >= start:
+                yield self.normalize(self._crop(index, offsets, flips)), self.labels[index[self.part]]
+
+    def _crop(self, index: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        """Crops of this part of the images at `index` (b,), at `offsets` (2, b, 1), flipped where `flips` (b, 1) says so.
+
+        Shape of the result: (b, height, width, 3) uint8.
+        """
+        rows = offsets[0] + torch.arange(self.height)  # (b, height)
         across = torch.arange(self.width)
-        columns = draws[1] + torch.where(flip, self.width - 1 - across, across)  # (b, width)
+        columns = offsets[1] + torch.where(flips, self.width - 1 - across, across)  # (b, width)
         index, rows, columns = (each[self.part].to(self.images.device) for each in (index, rows, columns))
         return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 

@@ -17,8 +17,10 @@ from rankprune.planner import make_plan
 from rankprune.recipes.batches import Normalize, TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import ImageSet
+from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import CifarResNet
-from rankprune.recipes.training import Progress, TrainConfig, train
+from rankprune.recipes.schedule import TrainConfig
+from rankprune.recipes.training import train
 from rankprune.trp import TRP
 
 NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

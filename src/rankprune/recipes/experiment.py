@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rankprune.errors import RankPruneError
-from rankprune.recipes.training import TrainConfig
+from rankprune.recipes.photograph_batches import PhotographConfig
+from rankprune.recipes.schedule import TrainConfig
 from rankprune.rules import parse_rule
 
 Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finetune"]
@@ -38,11 +39,13 @@ class Experiment:
     Methods: "dense" trains and leaves it at that; "trp" and "trp+nu" train with TRP, and "ours" with TRP and what we add to it;
     "decompose" trains nothing and decomposes what it starts from, and "decompose+finetune" trains the decomposed network.
 
-    `start` is where the weights come from: a file in the folder of pretrained models, or "run:NAME" for the dense weights that
-    experiment ended with, or nothing for a fresh network. `teacher` is where those of the network to distil from come from,
-    likewise; it is of the same architecture, and nothing stands for the network the experiment starts from. `reference` is
-    where those of the dense network to compare with come from, usually one trained as long. `holdout` images of the training
-    split are kept out of it and take the place of the test split, for making choices.
+    `start` is where the weights come from: a file in the folder of pretrained models, "torchvision:NAME" or "timm:NAME" for
+    those that the packages have, "run:NAME" for the dense weights that experiment ended with, or nothing for a fresh network.
+    `teacher` is where those of the network to distil from come from, likewise; it is of the same architecture, and nothing
+    stands for the network the experiment starts from. `reference` is where those of the dense network to compare with come
+    from, usually one trained as long. `holdout` images of the training split are kept out of it and take the place of the test
+    split, for making choices. With `photographs` images are of any size and cropped at random; without, they are small ones of
+    one size, all in memory.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Experiment:
     holdout: int = 0
     training: TrainConfig = field(default_factory=TrainConfig)
     trp: TrpConfig = field(default_factory=TrpConfig)
+    photographs: PhotographConfig | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -75,7 +79,7 @@ class Experiment:
 
     @classmethod
     def read(cls, path: str | Path) -> "Experiment":
-        """Read a TOML file; tables [training] and [trp] hold their fields, the name is the file's.
+        """Read a TOML file; tables [training], [trp] and [photographs] hold their fields, the name is the file's.
 
         Raises:
             RankPruneError: if it is not TOML or has an unknown field.
@@ -87,6 +91,8 @@ class Experiment:
             raise RankPruneError(f"cannot read the experiment {str(path)!r}: {error}") from error
         training = _build(TrainConfig, data.pop("training", {}), path)
         trp = _build(TrpConfig, data.pop("trp", {}), path)
+        if "photographs" in data:
+            data["photographs"] = _build(PhotographConfig, data["photographs"], path)
         return _build(cls, {"name": path.stem, **data, "training": training, "trp": trp}, path)
 
     def with_seed(self, seed: int) -> "Experiment":

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 import rankprune
-from rankprune.checkpoint import load, load_exactly, read_tensors, save, save_tensors
+from rankprune.checkpoint import load, save, save_tensors
 from rankprune.cost import count, cpu_name, measure_together
 from rankprune.decompose import decompose
-from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra
-from rankprune.recipes.batches import TrainBatches, eval_batches
+from rankprune.recipes.batches import Batches
+from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.images import ImageSet, load_images
+from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.processes import Processes
-from rankprune.recipes.resnet import resnet
-from rankprune.recipes.training import EpochLog, Progress, train
+from rankprune.recipes.progress import EpochLog, Progress
+from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
 
@@ -49,62 +49,44 @@ def run(
     """
     e, folder = experiment, folders.runs / experiment.name
     processes = processes or Processes()
-    device = processes.device
     torch.manual_seed(e.training.seed)
-    source = folders.data / e.dataset if (folders.data / e.dataset).is_dir() else folders.data
-    train_set = load_images(source, "train")
-    if e.holdout:
-        train_set, test_set = train_set.split(e.holdout)
-    else:
-        test_set = load_images(source, "test")
+    data = load_data(e, folders.data, processes)
 
     def network(weights: str | None = None) -> nn.Module:
-        made = resnet(e.model, len(train_set.classes))
-        nn.utils.convert_conv2d_weight_memory_format(made, torch.channels_last)
+        made = build(e.model, data.classes)
         if weights:
-            load_exactly(made, read_tensors(_weights_file(weights, folders)), weights)
-        return made.to(device)
+            load_weights(made, weights, folders.models, folders.runs)
+        return made.to(processes.device)
 
     model = network(e.start)
     teacher = network(e.teacher or e.start) if e.training.distill else None
-    x = next(eval_batches(test_set, 1, device=device))[0]
-    part = processes.part_of(e.batch)
-    batches = TrainBatches(train_set, e.batch, seed=e.training.seed, device=device, part=part)
-    log, plan, small = _train(e, model, teacher, batches, x, folder / "checkpoint.pt", on_step)
+    x = next(data.test(batch=1))[0]
+    log, plan, small = _train(e, model, teacher, data.batches, x, folder / "checkpoint.pt", on_step)
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "dense.safetensors", model)
-    result = _describe(e, log, len(train_set), len(test_set))
+    result = _describe(e, log, data)
     if plan is None or small is None:
         cost = count(model, x)
         result |= {"macs_dense": cost.macs, "params_dense": cost.params}
-        result |= {"top1_dense": top1(model, eval_batches(test_set, device=device))}
+        result |= {"top1_dense": top1(model, data.test())}
     else:
         if e.reference:
-            result["top1_dense"] = top1(network(e.reference), eval_batches(test_set, device=device))
+            result["top1_dense"] = top1(network(e.reference), data.test())
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
-        result |= _compare(model, small, plan, test_set, x)
+        result |= _compare(model, small, plan, data, x)
         start = model if e.method.startswith("decompose") else network(e.start)
         result["spectra"] = {"before": _rounded_spectra(start, plan), "after": _rounded_spectra(model, plan)}
     return result
-
-
-def _weights_file(source: str, folders: Folders) -> Path:
-    if source.startswith("run:"):
-        file = folders.runs / source.removeprefix("run:") / "dense.safetensors"
-        if not file.is_file():
-            raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
-        return file
-    return folders.models / source
 
 
 def _train(
     e: Experiment,
     model: nn.Module,
     teacher: nn.Module | None,
-    batches: TrainBatches,
+    batches: Batches,
     x: torch.Tensor,
     checkpoint: Path,
     on_step: Callable[[Progress], None] | None,
@@ -135,13 +117,13 @@ def _train(
     return log, trp.plan, small
 
 
-def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet, x: torch.Tensor) -> dict[str, Any]:
-    batch = next(eval_batches(test_set, 64, device=x.device))[0]
+def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor) -> dict[str, Any]:
+    batch = next(data.test(batch=64))[0]
     before, after = count(model, x), count(small, x)
     times = measure_together({"dense": model, "small": small}, batch)
     return {
-        "top1_before_decomposition": top1(model, eval_batches(test_set, device=x.device)),
-        "top1": top1(small, eval_batches(test_set, device=x.device)),
+        "top1_before_decomposition": top1(model, data.test()),
+        "top1": top1(small, data.test()),
         "macs_dense": before.macs,
         "macs": after.macs,
         "params_dense": before.params,
@@ -151,6 +133,7 @@ def _compare(model: nn.Module, small: nn.Module, plan: Plan, test_set: ImageSet,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
         "ranks": plan.ranks,
+        "plan": json.loads(plan.to_json()),
     }
 
 
@@ -158,7 +141,7 @@ def _rounded_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
     return {name: [float(f"{v:.3g}") for v in values] for name, values in planned_spectra(model, plan).items()}
 
 
-def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: int) -> dict[str, Any]:
+def _describe(e: Experiment, log: list[EpochLog], data: Data) -> dict[str, Any]:
     return {
         "name": e.name,
         "model": e.model,
@@ -167,8 +150,8 @@ def _describe(e: Experiment, log: list[EpochLog], trained_on: int, tested_on: in
         "scheme": None if e.method == "dense" else e.trp.scheme,
         "epochs": e.training.epochs if e.method != "decompose" else 0,
         "seed": e.training.seed,
-        "train_images": trained_on,
-        "test_images": tested_on,
+        "train_images": data.train_images,
+        "test_images": data.test_images,
         "test_split": "holdout" if e.holdout else "test",
         "wall_s": round(sum(entry.seconds for entry in log), 1),
         "log": [asdict(entry) for entry in log],

@@ -1,12 +1,13 @@
-"""Pictures: accuracy against cost, singular spectra before and after, ranks over training."""
+"""Pictures: accuracy against cost, singular spectra before and after, ranks over training, a layer against its rank."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.tables import Result, label, macs, seeds_together
+from rankprune.report.results import Result, accuracy, label, macs, seeds_together
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     for ax, (model, groups) in zip(axes, panels.items(), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for group in groups:
-            tops = [r["top1_dense" if r["method"] == "dense" else "top1"] for r in group]
+            tops = [accuracy(r) for r in group]
             mean = sum(tops) / len(tops)
             spread = (max(tops) - min(tops)) / 2
             lines[label(group[0])].append((macs(group[0]) / group[0]["macs_dense"], mean, spread))
@@ -91,6 +92,28 @@ def plot_results(folder: str | Path, results: Sequence[Result]) -> list[Path]:
             files.append(folder / f"{r['name']}.svg")
             plot_training(files[-1], r["spectra"]["before"], r["spectra"]["after"], history, time="epoch")
     return files
+
+
+def plot_layer(path: str | Path, points: Sequence[CurvePoint], title: str) -> None:
+    """Draw the time and the MACs of a layer's pairs, relative to the dense layer's, against the rank, one panel a scheme.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    schemes = list(dict.fromkeys(p.scheme for p in points))
+    figure = _figure((4.2 * len(schemes), 3.8))
+    axes = figure.subplots(1, len(schemes), squeeze=False, sharey=True)[0]
+    for ax, scheme in zip(axes, schemes, strict=True):
+        mine = [p for p in points if p.scheme == scheme]
+        ranks = [p.rank for p in mine]
+        ax.plot(ranks, [p.ms for p in mine], marker=".", label="time")
+        ax.plot(ranks, [p.macs for p in mine], linestyle="--", label="MACs")
+        ax.axhline(1.0, color="gray", linewidth=0.8)
+        ax.set(title=scheme, xlabel="rank", ylim=(0, 2))
+    axes[0].set_ylabel("of the dense layer")
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    _save(figure, axes, path)
 
 
 def _figure(size: tuple[float, float]) -> "Figure":

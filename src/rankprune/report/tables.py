@@ -1,93 +1,70 @@
-"""Markdown tables from the JSON files of finished experiments."""
+"""What the tables of a report say, for the terminal, Markdown and the page alike."""
 
-import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rankprune.errors import RankPruneError
+from rankprune.report.results import Result, full_ranks, in_order, method, plan_of, seeds_together
 
-Result = dict[str, Any]
-BEGIN, END = "<!-- results: written by `rankprune report` -->", "<!-- end of results -->"
-
-
-def read_results(folder: str | Path) -> list[Result]:
-    """All results in a folder that are of an experiment, sorted by file name.
-
-    Raises:
-        RankPruneError: if there is none, or a file is not JSON.
-    """
-    results = []
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise RankPruneError(f"{str(path)!r} is not JSON ({error})") from error
-        if "method" in result:
-            results.append(result)
-    if not results:
-        raise RankPruneError(f"no results of experiments in {str(folder)!r}; write some with `rankprune bench run`")
-    return results
+OLDER = "Not in this result, which another version of rankprune wrote."
 
 
-def markdown_table(results: Sequence[Result]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown: the first `words` columns hold words, the others numbers; `note` says what else to know."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    words: int = 1
+    note: str = ""
+
+
+def tables(results: Sequence[Result]) -> list[Table]:
+    """The overview; then, of one run all the tables, and of several the ranks of each network side by side."""
+    if len(results) == 1:
+        return [overview(results), *run_tables(results[0])]
+    return [overview(results), *ranks_together(results)]
+
+
+def run_tables(r: Result) -> list[Table]:
+    """All tables of one run."""
+    if r["method"] == "dense":
+        return [figures(r), config(r)]
+    return [figures(r), latency(r), ranks_over_training(r), spectra(r), layers(r), skipped(r), config(r)]
+
+
+def overview(results: Sequence[Result]) -> Table:
     """One row for each experiment, seeds averaged: accuracy, drop against its dense reference, cost, time.
 
     The drop is the reference's accuracy minus that after decomposition, in points.
     """
-    lines = [
-        "| network | method | scheme | epochs | top-1 % | drop | MACs | fewer | params | fewer | ms, batch 64 | faster |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-
-    def place(group: list[Result]) -> tuple[Any, ...]:
-        r = group[0]
-        return r["model"], _from_scratch(r), r["method"] != "dense", macs(r), r["name"]
-
-    return "\n".join([*lines, *(_row(group) for group in sorted(seeds_together(results), key=place))])
+    columns = ("network", "method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer")
+    rows = [_row(group) for group in seeds_together(in_order(results))]
+    seeds = " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
+    return Table("Results", (*columns, "ms, batch 64", "faster"), rows, words=3, note=f"Drop: dense minus decomposed.{seeds}")
 
 
-def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
-    """The results grouped by experiment: those in one group differ in their seed only."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for r in results:
-        config = {k: v for k, v in r["config"].items() if k not in ("name", "start", "teacher", "reference")}
-        config["scratch"] = _from_scratch(r)
-        config["training"] = {k: v for k, v in config.get("training", {}).items() if k != "seed"}
-        groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
-    return list(groups.values())
-
-
-def label(r: Result) -> str:
-    """What to call the method of a result: its name, its scheme, and what it had help from."""
-    words = [r["method"], r["scheme"] or ""]
-    words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
-    words += ["from scratch"] if _from_scratch(r) else []
-    return " ".join(word for word in words if word)
-
-
-def macs(r: Result) -> int:
-    """The multiply-accumulates of the network that a result is about."""
-    return r.get("macs", r["macs_dense"])
-
-
-def _from_scratch(r: Result) -> bool:
-    return r["config"].get("start") is None
-
-
-def _row(group: list[Result]) -> str:
+def _row(group: list[Result]) -> tuple[str, ...]:
     r = group[0]
-    method = label({**r, "scheme": None})
-    cells = [r["model"], method, r["scheme"] or "", str(r["epochs"] or "")]
+    cells = [r["model"], method(r), r["scheme"] or "", str(r.get("epochs") or "")]
     if r["method"] == "dense":
-        top1 = _spread([g["top1_dense"] for g in group])
-        return _line([*cells, top1, "", f"{r['macs_dense']:,}", "", f"{r['params_dense']:,}", "", "", ""])
+        return (
+            *cells,
+            _spread([g["top1_dense"] for g in group]),
+            "",
+            f"{r['macs_dense']:,}",
+            "",
+            f"{r['params_dense']:,}",
+            "",
+            "",
+            "",
+        )
     cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
-    cells += [f"{r['macs']:,}", f"{r['macs_dense'] / r['macs']:.2f}x", f"{r['params']:,}"]
-    cells += [f"{r['params_dense'] / r['params']:.2f}x"]
-    return _line([*cells, f"{r['ms']:.1f}", f"{r['ms_dense'] / r['ms']:.2f}x"])
+    cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
+    return (*cells, *((f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"])) if "ms" in r else ("", "")))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -97,18 +74,163 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def times(before: float, after: float) -> str:
+    """How many times less `after` is than `before`."""
+    return f"{before / after:.2f}x"
 
 
-def replace_between_marks(text: str, table: str) -> str:
-    """`text` with what stands between the two marks replaced by `table`.
+def ranks_together(results: Sequence[Result]) -> list[Table]:
+    """For each network with ranks a table of them: a row for each layer, a column for each run."""
+    found = []
+    for model in dict.fromkeys(r["model"] for r in results):
+        runs = [r for r in in_order(results) if r["model"] == model and r.get("ranks")]
+        known = [full_ranks(r) for r in runs]
+        names = _merged([list(r["ranks"]) for r in runs])
+        rows = [
+            (name, *(_rank(r["ranks"].get(name), full.get(name)) for r, full in zip(runs, known, strict=True)))
+            for name in names
+        ]
+        if runs:
+            note = "Rank of each layer, and its full rank where the result holds it."
+            found.append(Table(f"Ranks of {model}, run by run", ("layer", *(r["name"] for r in runs)), rows, note=note))
+    return found
 
-    Raises:
-        RankPruneError: if a mark is missing.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise RankPruneError(f"the file lacks the lines {BEGIN} and {END}, between which the table goes")
-    return f"{head}{begin}\n{table}\n{end}{tail}"
+
+def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Every name once; one that a list lacks stands after the name before it in the lists that have it."""
+    merged: list[str] = []
+    for names in lists:
+        place = 0
+        for name in names:
+            if name not in merged:
+                merged.insert(place, name)
+            place = merged.index(name) + 1
+    return merged
+
+
+def _rank(rank: int | None, full: int | None) -> str:
+    if rank is None:
+        return "dense"
+    return f"{rank}/{full}" if full else f"{rank}"
+
+
+def figures(r: Result) -> Table:
+    """Accuracy, MACs and parameters, dense and decomposed."""
+    if r["method"] == "dense":
+        rows = [("top-1 %", f"{r['top1_dense']:.2f}"), ("MACs", f"{r['macs_dense']:,}"), ("params", f"{r['params_dense']:,}")]
+        return Table("Figures", ("", "dense"), rows)
+    dense = f"{r['top1_dense']:.2f}" if "top1_dense" in r else ""
+    drop = f"{r['top1_dense'] - r['top1']:.2f} points lost" if "top1_dense" in r else ""
+    rows = [
+        ("top-1 %", dense, f"{r['top1_before_decomposition']:.2f}", f"{r['top1']:.2f}", drop),
+        ("MACs", f"{r['macs_dense']:,}", "", f"{r['macs']:,}", f"{times(r['macs_dense'], r['macs'])} fewer"),
+        ("params", f"{r['params_dense']:,}", "", f"{r['params']:,}", f"{times(r['params_dense'], r['params'])} fewer"),
+    ]
+    return Table("Figures", ("", "dense", "trained", "decomposed", "change"), rows, note="Trained: before decomposition.")
+
+
+def latency(r: Result) -> Table:
+    """Milliseconds, and what they were taken on."""
+    if "ms" not in r:
+        return Table("Latency", (), (), note=OLDER)
+    batch, spread = str(r.get("ms_batch", "")), f"{r['ms_spread']:.1%}" if "ms_spread" in r else ""
+    row = batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
+    where = machine(r)
+    note = "Medians; spread: the larger of the two interquartile ranges, of its median."
+    columns = ("images in a batch", "dense ms", "decomposed ms", "faster", "spread")
+    return Table("Latency", columns, [row], note=f"{where}. {note}" if where else note)
+
+
+def machine(r: Result) -> str:
+    """What a result was computed on, as far as it says."""
+    threads = r.get("threads")
+    parts = [r.get("gpu"), r.get("cpu"), f"{threads} thread{'s' if threads != 1 else ''}" if threads else None]
+    return ", ".join(part for part in parts if part)
+
+
+def ranks_over_training(r: Result, columns: int = 8) -> Table:
+    """The rank of each layer after some of the epochs, evenly spaced, the last one among them."""
+    history = rank_history(r)
+    title = "Ranks over training"
+    if not history:
+        return Table(title, (), (), note="The network was decomposed without training at low rank.")
+    last = len(history) - 1
+    shown = sorted({round(i * last / max(1, columns - 1)) for i in range(columns)})
+    picked = [history[i] for i in shown]
+    rows = [
+        (name, *(_rank(ranks.get(name), None) for _, ranks in picked))
+        for name in _merged([list(ranks) for _, ranks in history])
+    ]
+    return Table(title, ("layer", *(str(epoch) for epoch, _ in picked)), rows, note="After the epochs on top.")
+
+
+def rank_history(r: Result) -> list[tuple[int, Mapping[str, int]]]:
+    """The epochs with ranks, the first epoch of a training being 1, and the ranks at their ends."""
+    return [(entry["epoch"] + 1, entry["ranks"]) for entry in r.get("log", ()) if entry["ranks"]]
+
+
+def spectra(r: Result) -> Table:
+    """For each layer its full rank, its rank, and how many singular values are above a hundredth of the largest."""
+    title = "Spectra"
+    if "spectra" not in r:
+        return Table(title, (), (), note=OLDER)
+    before, after = r["spectra"]["before"], r["spectra"]["after"]
+    rows = [
+        (
+            name,
+            *(str(sum(v > 0.01 for v in s.get(name, ()))) for s in (before, after)),
+            str(r["ranks"].get(name, "")),
+            str(len(values)),
+        )
+        for name, values in after.items()
+    ]
+    note = "Singular values above 1 % of the layer's largest, before training and after it."
+    return Table(title, ("layer", "above 1 % before", "after", "rank", "full rank"), rows, note=note)
+
+
+def layers(r: Result) -> Table:
+    """What each layer becomes and costs."""
+    title, plan = "Cost per layer", plan_of(r)
+    if plan is None:
+        return Table(title, (), (), note=OLDER)
+    timed = plan.ms_dense is not None
+    columns = ("layer", "weight", "scheme", "rank", "energy lost", "MACs before", "after", "params before", "after")
+    rows = []
+    for e in plan.layers:
+        rank, lost = (_rank(e.rank, e.full_rank), f"{e.error:.2%}") if e.rank else ("", "")
+        costs = [f"{v:,}" if v is not None else "" for v in (e.macs_before, e.macs_after, e.params_before, e.params_after)]
+        costs += [f"{v:.3f}" if v is not None else "" for v in (e.ms_before, e.ms_after)] if timed else []
+        rows.append((e.name, f"{e.kind} {'x'.join(map(str, e.shape))}", e.scheme or "dense", rank, lost, *costs))
+    notes = ["MACs of one example; energy lost: share of the squared singular values beyond the rank."]
+    notes += ["ms: predicted."] if timed else []
+    notes += [f"MACs not counted: {', '.join(plan.uncounted)}."] if plan.uncounted else []
+    return Table(title, (*columns, *(("ms before", "after") if timed else ())), rows, words=3, note=" ".join(notes))
+
+
+def skipped(r: Result) -> Table:
+    """Why layers stay dense: a row for each reason."""
+    title, plan = "Layers that stay dense", plan_of(r)
+    if plan is None:
+        return Table(title, (), (), note=OLDER)
+    if not plan.skipped:
+        return Table(title, (), (), note="None.")
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.skipped.items():
+        by_reason[reason].append(name)
+    return Table(title, ("reason", "layers"), [(reason, ", ".join(names)) for reason, names in by_reason.items()], words=2)
+
+
+def config(r: Result) -> Table:
+    """The settings of a run and what it was made with, a row each."""
+    made = {k: r[k] for k in ("commit", "versions", "cpu", "gpu", "threads", "date", "wall_s") if k in r}
+    return Table("Config", ("setting", "value"), _flat(r["config"]) + _flat(made), words=2)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", "" if value is None else str(value)))
+    return rows

@@ -1,0 +1,165 @@
+"""Measuring networks and single layers in one setting."""
+
+import copy
+import hashlib
+import logging
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.backends import backend_named
+from rankprune.backends.base import tensors
+from rankprune.backends.timing import spread, time_together
+from rankprune.cost import Inputs, cpu_name, undisturbed
+from rankprune.latency.cache import NOISY, LatencyCache
+from rankprune.schemes import Scheme
+
+logger = logging.getLogger(__name__)
+
+Variant = Mapping[str, tuple[str, int]]
+"""The layers of a network that become pairs, with the scheme and rank of each."""
+
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how latencies are measured."""
+
+    backend: str
+    version: str
+    threads: int
+    dtype: str
+    memory_format: str
+    device: str
+    cpu: str
+
+    @classmethod
+    def of(cls, model: nn.Module, backend: str, threads: int | None) -> "Setting":
+        """That of a model on this machine."""
+        first = next(model.parameters())
+        return cls(
+            backend=backend,
+            version=backend_named(backend).version,
+            threads=threads or torch.get_num_threads(),
+            dtype=str(first.dtype).removeprefix("torch."),
+            memory_format="channels_last" if any(map(_is_channels_last, model.parameters())) else "contiguous",
+            device=first.device.type,
+            cpu=cpu_name() if first.device.type == "cpu" else torch.cuda.get_device_name(first.device),
+        )
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Nanoseconds that one layer adds to a forward pass of the network: dense, and as a pair, by scheme and rank."""
+
+    dense_ns: int
+    pair_ns: Mapping[str, Mapping[int, int]]
+
+    def scaled(self, factor: float) -> "LayerTimes":
+        """Times that are this many times as long."""
+        pairs = {scheme: {rank: round(ns * factor) for rank, ns in ranks.items()} for scheme, ranks in self.pair_ns.items()}
+        return LayerTimes(round(self.dense_ns * factor), pairs)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer to be timed: the shapes of its input in each call, and the ranks to try of each scheme."""
+
+    module: nn.Module
+    input_shapes: tuple[tuple[int, ...], ...]
+    ranks: Mapping[Scheme[Any], Sequence[int]]
+
+    def pair(self, scheme: str, rank: int) -> nn.Module:
+        """A pair of random weights."""
+        return _filled(next(s for s in self.ranks if s.name == scheme).pair_like(self.module, rank))
+
+
+class Meter:
+    """Measures in one setting, in milliseconds, what its cache does not know."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.cache = LatencyCache(asdict(setting))
+        self._backend = backend_named(setting.backend)
+
+    def layer(self, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
+        """A layer with `tail` behind, over all its calls."""
+        text = f"{subject.module} {[str(m) for m in tail]} { {s.name: list(ranks) for s, ranks in subject.ranks.items()} }"
+        calls = [
+            self.cache.get(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
+            for shape in subject.input_shapes
+        ]
+        pairs = {s: {int(r): sum(c["pairs"][s][r] for c in calls) for r in ms} for s, ms in calls[0]["pairs"].items()}
+        return LayerTimes(sum(c["dense"] for c in calls), pairs).scaled(1e6)
+
+    def _time_layer(self, subject: Subject, shape: tuple[int, ...], tail: Sequence[nn.Module]) -> dict[str, Any]:
+        began = time.perf_counter()
+        weight = subject.module.get_parameter("weight")
+        x = torch.randn(shape, device=weight.device).to(weight.dtype)
+        if _is_channels_last(weight):
+            x = x.contiguous(memory_format=torch.channels_last)
+        pairs = {(s.name, rank): subject.pair(s.name, rank) for s, ranks in subject.ranks.items() for rank in ranks}
+        distinct = {"": copy.deepcopy(subject.module)} | {str(pair): pair for pair in pairs.values()}
+        ms, noise = self._time([nn.Sequential(module, *tail).eval() for module in distinct.values()], x)
+        found = dict(zip(distinct, ms, strict=True))
+        by_scheme: dict[str, dict[str, float]] = {s.name: {} for s in subject.ranks}
+        for (scheme, rank), pair in pairs.items():
+            by_scheme[scheme][str(rank)] = found[str(pair)]
+        logger.info("%s: %d variants of %s in %.0f s", self._backend.name, len(ms), subject.module, time.perf_counter() - began)
+        return {"dense": found[""], "pairs": by_scheme, "spread": noise}
+
+    def network(
+        self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
+    ) -> dict[str, Any]:
+        """The dense network and its variants: {"dense": ms, "decomposed": [ms, ...]}."""
+
+        def measure() -> dict[str, Any]:
+            with undisturbed(model):
+                (dense, *small), noise = self._time([model, *(_with_pairs(model, subjects, v) for v in variants)], x)
+            return {"dense": dense, "decomposed": small, "spread": noise}
+
+        shapes = [tuple(t.shape) for t in tensors(x)]
+        digest = hashlib.sha256(f"{model} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
+        return self.cache.get(f"{type(model).__name__} {digest} on {shapes}", measure)
+
+    def _time(self, models: Sequence[nn.Module], x: Inputs) -> tuple[list[float], float]:
+        """The models' medians, and the spread of the first one's times; of several tries the calmest."""
+        programs = self._backend.load_each(models, x, self.setting.threads)
+        best: tuple[list[float], float] | None = None
+        for _ in range(_TRIES):
+            found = time_together(programs, x)
+            noise = spread(found[0])
+            if best is None or noise < best[1]:
+                best = [statistics.median(values) for values in found], noise
+            if noise <= NOISY / 2:
+                break
+        assert best is not None
+        return best
+
+
+def _with_pairs(model: nn.Module, subjects: Mapping[str, Subject], variant: Variant) -> nn.Module:
+    """A copy of the model with pairs of random weights."""
+    root = nn.ModuleDict({"model": copy.deepcopy(model)})  # for a model that is a layer itself
+    for name, (scheme, rank) in variant.items():
+        root.set_submodule(f"model.{name}".removesuffix("."), subjects[name].pair(scheme, rank))
+    return root["model"].eval()
+
+
+@torch.no_grad()
+def _filled(module: nn.Module) -> nn.Module:
+    """The module with weights that keep outputs of ordinary size: what is no number, or tiny, takes another time."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=1 / math.sqrt(max(1, parameter[0].numel())))
+    return module
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,70 @@
+"""The data of an experiment: batches to train on, and batches to test with."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from rankprune.recipes.batches import Batches, TrainBatches, eval_batches
+from rankprune.recipes.experiment import Experiment
+from rankprune.recipes.images import load_images
+from rankprune.recipes.labelled import Labelled
+from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig, centre_batches
+from rankprune.recipes.photographs import HUB, load_photographs
+from rankprune.recipes.processes import Processes
+
+Images = TypeVar("Images", bound=Labelled)
+
+
+@dataclass(frozen=True)
+class Data:
+    """`test(batch=b)` gives all test images in order, b at a time: images (b, 3, h, w) and labels (b,)."""
+
+    batches: Batches
+    test: Callable[..., Iterator[tuple[Tensor, Tensor]]]
+    classes: int
+    train_images: int
+    test_images: int
+
+
+def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
+    """The data of `e` below `folder`, on the device of this process, which gets its part of the batches.
+
+    Raises:
+        RankPruneError: if there is none, or the batches cannot be divided among the processes.
+    """
+    options: dict[str, Any] = {
+        "seed": e.training.seed,
+        "device": processes.device,
+        "part": processes.part_of(e.batch),
+    }
+    config = e.photographs
+    if config is None:
+        source = folder / e.dataset if (folder / e.dataset).is_dir() else folder
+        train, test = _splits(e.holdout, partial(load_images, source), "test")
+        batches: Batches = TrainBatches(train, e.batch, **options)
+        test_batches = partial(eval_batches, test, device=processes.device)
+    else:
+        source = _source(config, e.dataset, folder)
+        train, test = _splits(e.holdout, partial(load_photographs, source), config.test_split)
+        batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
+        test_batches = partial(centre_batches, test, config, device=processes.device)
+    return Data(batches, test_batches, len(train.classes), len(train), len(test))
+
+
+def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:
+    train = load("train")
+    return train.split(holdout) if holdout else (train, load(test_split))
+
+
+def _source(config: PhotographConfig, dataset: str, folder: Path) -> str | Path:
+    """The first of the sources that is there; those of the hub are taken to be."""
+    for source in config.sources or (dataset,):
+        if source.startswith(HUB):
+            return source
+        if (folder / source).is_dir():
+            return folder / source
+    return folder

@@ -1,0 +1,106 @@
+"""Results of experiments: reading their JSON files, naming them, and grouping those that differ in their seed only."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankprune.errors import CheckpointError, RankPruneError
+from rankprune.plan import Plan
+
+Result = dict[str, Any]
+_ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
+
+
+def read_results(paths: Iterable[str | Path]) -> list[Result]:
+    """The results of experiments in folders and single files, in the order of the paths, those of a folder by file name.
+
+    Files in a folder that hold something else, such as other benchmarks, are left alone.
+
+    Raises:
+        RankPruneError: if there is none, a file is not JSON, or one that was asked for by name is no result.
+    """
+    paths = [Path(path) for path in paths]
+    results: dict[Path, Result] = {}
+    for path in paths:
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            data = _read(file)
+            if isinstance(data, dict) and data.keys() >= _ALWAYS:
+                results[file.resolve()] = data
+            elif file == path:
+                lacks = f"it lacks {', '.join(sorted(_ALWAYS - set(data)))}" if isinstance(data, dict) else "it is no object"
+                raise RankPruneError(f"{str(file)!r} is no result of an experiment: {lacks}")
+    if not results:
+        named = ", ".join(repr(str(path)) for path in paths)
+        raise RankPruneError(f"no results of experiments in {named}; write some with `rankprune bench run`")
+    return list(results.values())
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RankPruneError(f"cannot read the result {str(file)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise RankPruneError(f"{str(file)!r} is not JSON ({error})") from error
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """The results in the order of all tables: by network, dense ones first, then by MACs."""
+    return sorted(results, key=lambda r: (r["model"], from_scratch(r), r["method"] != "dense", macs(r), r["name"]))
+
+
+def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
+    """The results grouped by experiment: those in one group differ in their seed only."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for r in results:
+        config = {k: v for k, v in r["config"].items() if k not in ("name", "start", "teacher", "reference")}
+        config["scratch"] = from_scratch(r)
+        config["training"] = {k: v for k, v in config.get("training", {}).items() if k != "seed"}
+        groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
+    return list(groups.values())
+
+
+def label(r: Result) -> str:
+    """What to call the method of a result: its name, its scheme, and what it had help from."""
+    words = [r["method"], r["scheme"] or ""]
+    words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
+    words += ["from scratch"] if from_scratch(r) else []
+    return " ".join(word for word in words if word)
+
+
+def method(r: Result) -> str:
+    """The same without the scheme."""
+    return label({**r, "scheme": None})
+
+
+def from_scratch(r: Result) -> bool:
+    """Whether the training began without pretrained weights."""
+    return r["config"].get("start") is None
+
+
+def macs(r: Result) -> int:
+    """The multiply-accumulates of the network that a result is about."""
+    return r.get("macs", r["macs_dense"])
+
+
+def accuracy(r: Result) -> float:
+    """The top-1 accuracy in percent of the network that a result is about."""
+    return r["top1_dense"] if r["method"] == "dense" else r["top1"]
+
+
+def plan_of(r: Result) -> Plan | None:
+    """The plan of a result; None where there is none that this version reads, as of a dense network or in an older file."""
+    try:
+        return Plan.from_json(json.dumps(r.get("plan")))
+    except CheckpointError:
+        return None
+
+
+def full_ranks(r: Result) -> dict[str, int]:
+    """The full rank of every layer whose rank the result tells, as far as it tells that too."""
+    spectra = r.get("spectra", {}).get("after", {})
+    plan = plan_of(r)
+    known = {name: len(values) for name, values in spectra.items()}
+    return known | {e.name: e.full_rank for e in plan.layers if e.full_rank} if plan else known

@@ -1,0 +1,257 @@
+"""Experiments: what a config says, and a run from images to the JSON, which reports on what it saved."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rankprune as rp
+from coloured import coloured, write_parquet
+from rankprune.checkpoint import load_exactly, read_tensors
+from rankprune.recipes.batches import eval_batches
+from rankprune.recipes.evaluation import top1
+from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
+from rankprune.recipes.images import load_images
+from rankprune.recipes.progress import Progress
+from rankprune.recipes.resnet import resnet
+from rankprune.recipes.runner import run, write
+from rankprune.recipes.schedule import TrainConfig
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_in_the_second_epoch(progress: Progress) -> None:
+    if (progress.epoch, progress.step) == (1, 2):
+        raise KilledError
+
+
+def exactly_same(a: nn.Module, b: nn.Module) -> None:
+    different = [n for (n, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True) if not x.equal(y)]
+    assert not different
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Experiment("e", method="prune"), "method='prune'"),
+        (lambda: Experiment("e", method="decompose"), "run:NAME"),
+        (lambda: Experiment("e", method="trp+nu"), r"trp\.nuclear"),
+    ],
+)
+def test_bad_experiments_are_named(build: Callable, said: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=said):
+        build()
+
+
+TOML = """
+method = "trp+nu"
+start = "resnet20.th"
+batch = 64
+[training]
+epochs = 2
+compile = false
+[trp]
+rule = "Energy(keep=0.9)"
+nuclear = 3e-4
+"""
+
+
+def test_experiment_from_toml(tmp_path: Path) -> None:
+    (tmp_path / "quick.toml").write_text(TOML)
+    e = Experiment.read(tmp_path / "quick.toml")
+    assert e == Experiment(
+        "quick",
+        method="trp+nu",
+        start="resnet20.th",
+        batch=64,
+        training=TrainConfig(epochs=2, compile=False),
+        trp=TrpConfig(rule="Energy(keep=0.9)", nuclear=3e-4),
+    )
+    assert e.with_seed(0) == e
+    assert (e.with_seed(3).name, e.with_seed(3).training.seed) == ("quick-seed3", 3)
+    assert replace(e.with_seed(3), name="quick", training=e.training) == e
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("colour = 1", r"quick\.toml.*unknown fields \['colour'\].*known ones are name, method"),
+        ("[training]\nlearning = 1", r"\['learning'\].*epochs"),
+        ("[trp]\nrang = 1", r"\['rang'\].*rule"),
+        ("batch = = 3", r"cannot read.*quick\.toml"),
+        ('method = "other"', "method='other'"),
+        ("[photographs]\nzoom = 2", r"\['zoom'\].*sources, sizes"),
+    ],
+)
+def test_bad_toml(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "quick.toml").write_text(text)
+    with pytest.raises(rp.RankPruneError, match=said):
+        Experiment.read(tmp_path / "quick.toml")
+    with pytest.raises(rp.RankPruneError, match="nowhere"):
+        Experiment.read(tmp_path / "nowhere.toml")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    write_parquet(tmp_path / "data" / "tiny" / "train-0.parquet", coloured(48, 8))
+    write_parquet(tmp_path / "data" / "tiny" / "test-0.parquet", coloured(30, 8, seed=5))
+    return Folders(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
+
+
+ALWAYS = {
+    *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
+    *("wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
+}
+DECOMPOSED = {
+    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_batch", "ms_spread", "ranks"),
+    *("plan", "spectra"),
+}
+TINY = Experiment("tiny", dataset="tiny", batch=16, training=TrainConfig(epochs=1, lr=0.02, compile=False))
+
+
+def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
+    pruned = TrpConfig(every=2, ramp=0.5)
+    experiments = [
+        replace(TINY, name="dense", method="dense"),
+        replace(TINY, name="trp", trp=pruned),
+        replace(TINY, name="nu", method="trp+nu", trp=replace(pruned, nuclear=3e-3)),
+        replace(TINY, name="plain", method="decompose", start="run:dense"),
+        replace(TINY, name="tuned", method="decompose+finetune", start="run:dense"),
+        replace(TINY, name="ours", method="ours", start="run:dense", training=replace(TINY.training, distill=0.7), trp=pruned),
+    ]
+    experiments[-1] = replace(experiments[-1], teacher="run:trp", reference="run:dense")
+    results = {e.name: run(e, folders) for e in experiments}
+    test = load_images(folders.data / "tiny", "test")
+    for e in experiments:
+        result = results[e.name]
+        saved = json.loads(write(result, tmp_path / "results").read_text())
+        assert saved == json.loads(json.dumps(result))
+        extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
+        assert saved.keys() == ALWAYS | extra
+        assert (saved["name"], saved["method"]) == (e.name, e.method)
+        assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
+        assert saved["macs_dense"] == (40_551_040 - 640) // 16 + 64 * 4  # a sixteenth of the pixels, four classes
+        if e.method != "dense":
+            small = rp.load(folders.runs / e.name / "artefact", resnet("resnet20", 4))
+            assert top1(small, eval_batches(test)) == saved["top1"]
+            assert rp.count(small, torch.zeros(1, 3, 8, 8)).macs == saved["macs"] <= saved["macs_dense"] / 2.2
+            assert saved["macs"] > 0.98 * saved["macs_dense"] / 2.2
+    assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
+    assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
+    assert results["ours"]["top1_dense"] == results["dense"]["top1_dense"]
+    for name, ranks in results["trp"]["ranks"].items():
+        before, after = (results["trp"]["spectra"][when][name] for when in ("before", "after"))
+        assert before[0] == after[0] == 1.0
+        assert before[ranks] > 1e-3 > 1e-5 > after[ranks], "the tail is gone"
+    dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
+    assert all(torch.equal(dense[name], plain[name]) for name in dense)
+    assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
+    tuned = read_tensors(folders.runs / "tuned" / "artefact" / "model.safetensors")
+    plain = read_tensors(folders.runs / "plain" / "artefact" / "model.safetensors")
+    assert tuned.keys() == plain.keys()
+    assert not torch.equal(tuned["layer1.0.conv1.0.weight"], plain["layer1.0.conv1.0.weight"])
+
+
+def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
+    e = replace(TINY, name="again", training=replace(TINY.training, epochs=2), trp=TrpConfig(every=2))
+    with pytest.raises(KilledError):
+        run(e, folders, killed_in_the_second_epoch)
+    results = [run(e, folders), run(e, folders)]
+    apart = run(replace(e, name="apart"), folders)
+    for result in results:
+        for key in ("top1", "top1_before_decomposition", "macs", "ranks"):
+            assert result[key] == apart[key]
+    ours, theirs = (read_tensors(folders.runs / name / "artefact" / "model.safetensors") for name in ("again", "apart"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:
+    result = run(replace(TINY, method="dense", holdout=8), folders)
+    assert (result["train_images"], result["test_images"], result["test_split"]) == (40, 8, "holdout")
+
+
+def test_start_from_a_file_and_what_is_missing(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(rp.RankPruneError, match="run that experiment first"):
+        run(replace(TINY, start="run:other"), folders)
+    with pytest.raises(rp.CheckpointError, match=r"start\.th"):
+        run(replace(TINY, start="start.th"), folders)
+    with pytest.raises(rp.RankPruneError, match="no 'train' images under"):
+        run(replace(TINY, dataset="other"), replace(folders, data=tmp_path / "empty"))
+    folders.models.mkdir()
+    start = resnet("resnet20", 4)
+    torch.save({"state_dict": {f"module.{n}": v for n, v in start.state_dict().items()}}, folders.models / "start.th")
+    run(replace(TINY, method="decompose", start="start.th"), folders)
+    used = resnet("resnet20", 4)
+    load_exactly(used, read_tensors(folders.runs / "tiny" / "dense.safetensors"), "x")
+    exactly_same(used, start)
+
+
+def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "d"))
+    assert Folders.from_environment("r") == Folders(tmp_path / "d", tmp_path / "models", Path("r"))
+    (tmp_path / "d" / "models").mkdir(parents=True)
+    assert Folders.from_environment().models == tmp_path / "d" / "models"
+
+
+def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
+    e = replace(
+        TINY,
+        method="ours",
+        start="file.th",
+        teacher="run:dense",
+        reference="run:dense",
+        training=replace(TINY.training, distill=0.5),
+    )
+    assert e.with_seed(0) is e
+    other = e.with_seed(2)
+    assert (other.name, other.start, other.teacher, other.training.seed) == ("tiny-seed2", "file.th", "run:dense-seed2", 2)
+    assert other.reference == "run:dense-seed2"
+    with pytest.raises(rp.RankPruneError, match="teaches nothing"):
+        replace(e, training=TINY.training)
+
+
+def test_resnet18_on_photographs_goes_from_images_to_an_artefact(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for split, count in (("train", 6), ("val", 3)):
+        for i, name in enumerate(("dark", "light") * count):
+            path = tmp_path / "data" / "two" / split / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.new("RGB", (40 + i, 50), (40 + 160 * (i % 2), 90, 90 + i)).save(path)
+    e = Experiment(
+        "trp18",
+        model="resnet18",
+        dataset="two",
+        batch=4,
+        training=TrainConfig(epochs=2, compile=False, checkpoint_steps=2),
+        trp=TrpConfig(rule="Budget(macs=1/2.23)", every=2, ramp=0.5, freeze=0.5),
+        photographs=PhotographConfig(sources=["absent", "two"], sizes=[32], test_resize=36, test_size=32, workers=1),
+    )
+    folders = Folders(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
+    with pytest.raises(KilledError):
+        run(e, folders, killed_in_the_second_epoch)
+    result = run(e, folders)
+    assert result.keys() == ALWAYS | DECOMPOSED
+    assert (result["train_images"], result["test_images"], result["dataset"]) == (12, 6, "two")
+    assert 0.97 < 2.23 * result["macs"] / result["macs_dense"] <= 1
+    assert result["macs_dense"] < 50e6, "counted at 32 x 32"
+    assert all(0 < entry["input_share"] < 1 for entry in result["log"])
+    assert json.loads(json.dumps(result))["config"]["photographs"]["sizes"] == [32]
+    small = rp.load(folders.runs / "trp18" / "artefact", build("resnet18", 2))
+    assert rp.count(small, torch.zeros(1, 3, 32, 32)).macs == result["macs"]
+
+
+ROWS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", ROWS, ids=[path.stem for path in ROWS])
+def test_every_row_can_be_read_and_builds_on_rows_that_are_there(path: Path) -> None:
+    e = Experiment.read(path)
+    assert (e.photographs is not None) == (e.model in ("resnet18", "resnet50"))
+    for source in (e.start, e.teacher, e.reference):
+        assert not (source or "").startswith("run:") or path.with_name(f"{source[4:]}.toml") in ROWS

@@ -1,0 +1,173 @@
+"""Photographs of any size: where they come from, and batches of crops against PIL used by hand."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankprune as rp
+from rankprune.recipes.batches import Normalize
+from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig, central_box, centre_batches, random_box
+from rankprune.recipes.photographs import Photographs, load_photographs
+
+Image = pytest.importorskip("PIL.Image")
+RAW = Normalize((0.0,) * 3, (1 / 255,) * 3)
+CONFIG = PhotographConfig(sizes=(8,), test_resize=16, test_size=12, workers=0)
+
+
+def photograph(i: int) -> Tensor:
+    """Noise, of a width and height of its own."""
+    return torch.randint(256, (20 + i % 5, 30 - i % 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+
+
+def png(pixels: Tensor) -> bytes:
+    Image.fromarray(pixels.numpy()).save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Photographs:
+    for i in range(20):
+        path = tmp_path / "train" / "ab"[i // 10] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(photograph(i)))
+    return load_photographs(tmp_path, "train")
+
+
+def test_a_batch_equals_crops_made_by_hand(photographs: Photographs) -> None:
+    batches = PhotographBatches(photographs, 6, replace(CONFIG, area=0.3), 2, seed=3, normalize=RAW)
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 1)
+    order, draws = torch.randperm(20, generator=generator), torch.rand(3, 6, 5, generator=generator)
+    found = list(batches.epoch(1))
+    assert len(found) == len(batches) == 3
+    for k, (images, labels) in enumerate(found):
+        index = order[6 * k : 6 * k + 6]
+        assert labels.tolist() == [i // 10 for i in index.tolist()]
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, i, draw in zip(images, index.tolist(), draws[k].tolist(), strict=True):
+            picture = Image.fromarray(photograph(i).numpy())
+            crop = picture.resize((8, 8), Image.Resampling.BILINEAR, random_box(*picture.size, 0.3, draw))
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw[4] < 0.5 else crop
+            expected = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(8, 8, 3)
+            assert torch.equal(image.round().to(torch.uint8).permute(1, 2, 0), expected)
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_the_middle(photographs: Photographs) -> None:
+    def drawn(workers: int, start: int = 0, part: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
+        config = replace(CONFIG, workers=workers)
+        return list(PhotographBatches(photographs, 4, config, 2, part=part).epoch(1, start))
+
+    rng = torch.get_rng_state()
+    alone, helped, rest = drawn(0), drawn(2), drawn(2, start=3)
+    assert torch.equal(torch.get_rng_state(), rng)
+    halves = [drawn(0, part=slice(2)), drawn(0, part=slice(2, 4))]
+    assert (len(alone), len(rest)) == (5, 2)
+    for k, (images, labels) in enumerate(alone):
+        assert torch.equal(helped[k][0], images)
+        assert torch.equal(helped[k][1], labels)
+        assert torch.equal(torch.cat([half[k][0] for half in halves]), images)
+        assert k < 3 or torch.equal(rest[k - 3][0], images)
+
+
+@pytest.mark.parametrize("area", [0.08, 0.35, 1.0])
+def test_random_boxes(area: float) -> None:
+    draws = torch.rand(2000, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    for width, height in ((100, 100), (300, 90)):
+        boxes = torch.tensor([random_box(width, height, area, draw) for draw in draws], dtype=torch.float64)
+        left, top, right, bottom = boxes.unbind(1)
+        assert left.min() >= 0 <= top.min()
+        assert right.max() <= width + 1e-9
+        assert bottom.max() <= height + 1e-9
+        across, down = right - left, bottom - top
+        whole = (across < width) & (down < height)
+        share = (across * down / (width * height))[whole]
+        shape = (across / down)[whole]
+        assert whole.any() or area == 1
+        assert ((share > area - 1e-9) & (share < 1) & (shape > 0.7499) & (shape < 1.3334)).all()
+        if area == 0.08:
+            assert share.min() < 0.1
+            assert shape.min() < 0.77 < 1.3 < shape.max()
+            assert left.min() < 0.1 * width < 0.8 * width < right.max()
+
+
+def test_centre_crops(photographs: Photographs) -> None:
+    assert central_box(40, 20, 0.5) == (15, 5, 25, 15)
+    found = list(centre_batches(photographs, replace(CONFIG, test_resize=20, test_size=10), 7, normalize=RAW))
+    assert [len(labels) for _, labels in found] == [7, 7, 6]
+    first = photograph(0)  # 20 x 30: its shorter side has 20 pixels already, so pixels are only cut out
+    assert torch.equal(found[0][0][0].round().to(torch.uint8).permute(1, 2, 0), first[5:15, 10:20])
+    assert torch.cat([labels for _, labels in found]).tolist() == [0] * 10 + [1] * 10
+
+
+def test_sizes_take_turns_over_the_epochs(photographs: Photographs) -> None:
+    batches = PhotographBatches(photographs, 20, replace(CONFIG, sizes=(4, 6, 8)), 7)
+    assert [next(iter(batches.epoch(n)))[0].shape[-1] for n in range(7)] == [4, 4, 4, 6, 6, 8, 8]
+
+
+def test_decoded_pictures_are_kept_where_they_fit(photographs: Photographs, tmp_path: Path) -> None:
+    kept = PhotographBatches(photographs, 20, CONFIG, 9)
+    few = PhotographBatches(photographs, 20, replace(CONFIG, keep_gb=1e-5), 9)
+    before = [images for images, _ in kept.epoch(0)]
+    list(few.epoch(0))
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    assert torch.equal(next(iter(kept.epoch(0)))[0], before[0])
+    with pytest.raises(OSError, match="png"):
+        list(few.epoch(0))
+
+
+def test_subsets_and_holdouts(photographs: Photographs) -> None:
+    rest, held = photographs.split(4)
+    assert (len(rest), len(held)) == (16, 4)
+    assert sorted([*rest.index.tolist(), *held.index.tolist()]) == list(range(20))
+    picture = held.picture(2)
+    assert picture.tobytes() == Image.fromarray(photograph(int(held.index[2])).numpy()).tobytes()
+
+
+def write_parquet(path: Path, numbers: range, labels: list[int]) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": png(photograph(i)), "path": None} for i in numbers]
+    parquet.write_table(arrow.table({"image": cells, "label": labels}), path)
+
+
+def test_a_split_without_labels_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test-0.parquet", range(2), [-1, -1])
+    write_parquet(tmp_path / "validation-0.parquet", range(3), [0, 1, 1])
+    with pytest.raises(rp.RankPruneError, match="'test' has images without a label"):
+        load_photographs(tmp_path, "test")
+    assert len(load_photographs(tmp_path, "validation")) == 3
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    for split, numbers in (("train", range(6)), ("validation", range(6, 9))):
+        columns = {"image": [{"bytes": png(photograph(i)), "path": None} for i in numbers], "label": [i % 3 for i in numbers]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / f"{split}-0.parquet")
+    train, test = (load_photographs(f"hub:{tmp_path / 'set'}", split) for split in ("train", "test"))
+    assert (len(train), train.classes, test.labels.tolist()) == (6, ("a", "b", "c"), [0, 1, 2])
+    assert test.picture(1).tobytes() == Image.fromarray(photograph(7).numpy()).tobytes()
+    images = [next(iter(PhotographBatches(train, 6, replace(CONFIG, workers=n), 1).epoch(0)))[0] for n in (0, 1)]
+    assert torch.equal(*images)
+    with pytest.raises(rp.RankPruneError, match="cannot load the data set"):
+        load_photographs(f"hub:{tmp_path / 'nowhere'}", "train")
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: PhotographConfig(sizes=()), r"sizes=\(\)"),
+        (lambda: PhotographConfig(area=0.0), r"area=0\.0"),
+        (lambda: PhotographConfig(test_resize=100), "test_resize=100 is too small"),
+        (lambda: PhotographConfig(workers=-1), "workers=-1"),
+    ],
+)
+def test_bad_values_are_named(build: Callable, said: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=said):
+        build()

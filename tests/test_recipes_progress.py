@@ -1,0 +1,39 @@
+"""What a training shows while it runs."""
+
+import re
+
+import pytest
+import torch
+
+import rankprune as rp
+
+console = pytest.importorskip("rankprune.cli.console", exc_type=ImportError)
+
+from rankprune.recipes.progress import Progress  # noqa: E402
+
+
+def steps(bars, numbers: range, plan: rp.Plan | None = None) -> None:
+    for i in numbers:
+        bars.update("trp", Progress(i // 4, i % 4 + 1, 4, 0.1, torch.tensor(2.5), 64, plan))
+
+
+def test_without_a_terminal_a_line_every_so_often(capsys: pytest.CaptureFixture) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.Flatten(), torch.nn.Linear(256, 2)
+    )
+    plan = rp.make_plan(model, torch.zeros(1, 3, 8, 8), scheme="spatial", rule=rp.FixedRank(4))
+    with console.TrainingBars(3, every_s=0) as bars:
+        steps(bars, range(5, 8))  # resumed
+        steps(bars, range(8, 12), plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[2].startswith("trp  67%  epoch 2/3  loss 2.500  lr 0.1  ")
+    assert "MACs" not in lines[2]
+    assert re.search(r"  MACs \d\d%  mean rank 4  \d+ images/s  ends \w{3} \d\d:\d\d$", lines[5]), lines[5]
+    assert lines[6].startswith("trp  100%  epoch 3/3")
+
+
+def test_a_line_comes_at_the_end_and_not_with_every_step(capsys: pytest.CaptureFixture) -> None:
+    with console.TrainingBars(3) as bars:
+        steps(bars, range(12))
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["100%"]
