@@ -37,6 +37,7 @@ def bench_latency(
     plot: Annotated[Path | None, typer.Option(help="Draw the layer's curve into this .png or .svg.")] = None,
 ) -> None:
     """Time a network dense and decomposed, on every installed backend, and set it beside the MACs."""
+    torch.manual_seed(0)  # for models of random weights
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
     networks, predicted = {DENSE: dense}, {}

@@ -1,0 +1,68 @@
+"""Decomposition and int8 together: accuracy, bytes and ms of a trained network, dense and decomposed, float32 and int8.
+
+Takes a finished run of the recipes: its dense.safetensors of the reference run and its artefact.
+
+    RANKPRUNE_DATA=... python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rankprune as rp
+from rankprune.backends import BACKENDS, FileBackend
+from rankprune.backends.onnxruntime import quantize_onnx
+from rankprune.backends.timing import spread, time_together
+from rankprune.recipes.batches import Normalize, eval_batches
+from rankprune.recipes.experiment import Experiment, Folders
+from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from rankprune.recipes.networks import build, load_weights
+from rankprune.recipes.runner import provenance, write
+
+BATCH, CALIBRATION = 64, 512
+
+
+def accuracy(program: Callable[[Tensor], list[Tensor]], batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 in percent."""
+    right = sum(int((program(images)[0].argmax(1) == labels).sum()) for images, labels in batches)
+    return 100 * right / sum(len(labels) for _, labels in batches)
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    folders, e = Folders.from_environment(), Experiment.read(Path(sys.argv[1]))
+    runs = Path(sys.argv[2]) if len(sys.argv) > 2 else folders.runs
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH, normalize))[:-1]  # whole batches
+    training = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
+    calibration = [images for images, _ in eval_batches(training, BATCH, normalize)]
+    dense, small = build(e.model, 10), rp.load(runs / e.name / "artefact", build(e.model, 10)).eval()
+    load_weights(dense, e.reference or e.start or "", folders.models, runs)
+    backend = BACKENDS["onnxruntime"]
+    assert isinstance(backend, FileBackend)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, network in (("dense", dense.eval()), ("decomposed", small)):
+            files[f"{name}, float32"] = Path(folder) / f"{name}.onnx"
+            files[f"{name}, int8"] = Path(folder) / f"{name}-int8.onnx"
+            rp.export_onnx(network, calibration[0], files[f"{name}, float32"])
+            quantize_onnx(files[f"{name}, float32"], files[f"{name}, int8"], calibration)
+        programs = {name: backend.read(file) for name, file in files.items()}
+        times = time_together(list(programs.values()), calibration[0], rounds=31)
+        for (name, program), ms in zip(programs.items(), times, strict=True):
+            row = {"network": name, "top1": accuracy(program, test), "bytes": files[name].stat().st_size}
+            rows.append({**row, "ms": statistics.median(ms), "spread": spread(ms)})
+            print(f"{name:22} {row['top1']:6.2f} % {row['bytes']:9,} bytes {rows[-1]['ms']:7.2f} ms for {BATCH} images")
+    images = {"test_images": len(test) * BATCH, "calibration_images": CALIBRATION, "batch": BATCH}
+    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": rows, **provenance()}
+    write(result, Path(__file__).parent / "results" / "int8.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What makes a pair of layers fast, one change at a time, on the 3 x 3 convolutions of ResNet-18 (224 x 224, batch 1).
+
+Every line of the result sets a variant beside the pair as the library builds it, timed in turn within one loop:
+
+- the order of the spatial scheme's two layers: 1 x 3 first instead of 3 x 1,
+- where the stride goes: all of it in the first layer, or all of it in the second, instead of one axis each,
+- ranks one below and one above a multiple of 16,
+- channels_last (eager), BatchNorm folded (eager; ONNX files have it folded).
+
+    python benchmarks/pairs.py
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rankprune.backends import BACKENDS
+from rankprune.backends.timing import spread, time_together
+from rankprune.recipes.runner import provenance, write
+from rankprune.schemes import SCHEMES
+
+RESULT = Path(__file__).parent / "results" / "pairs.json"
+LAYERS = [(64, 64, 1, 56, 32), (128, 128, 1, 28, 48), (256, 256, 1, 14, 96), (512, 512, 1, 7, 160), (128, 256, 2, 28, 64)]
+"""Input and output channels, stride, side of the image, rank: about a third of the dense layer's MACs."""
+
+
+def spatial(c: int, n: int, s: int, r: int) -> nn.Sequential:
+    """The pair as the library builds it."""
+    return SCHEMES["spatial"].pair_like(nn.Conv2d(c, n, 3, s, 1, bias=False), r)
+
+
+def horizontal_first(c: int, n: int, s: int, r: int) -> nn.Sequential:
+    """1 x 3 before 3 x 1."""
+    return nn.Sequential(
+        nn.Conv2d(c, r, (1, 3), (1, s), (0, 1), bias=False), nn.Conv2d(r, n, (3, 1), (s, 1), (1, 0), bias=False)
+    )
+
+
+def stride_first(c: int, n: int, s: int, r: int) -> nn.Sequential:
+    """Both strides in the first layer. It skips columns that the second should see: another function, timed all the same."""
+    return nn.Sequential(nn.Conv2d(c, r, (3, 1), s, (1, 0), bias=False), nn.Conv2d(r, n, (1, 3), 1, (0, 1), bias=False))
+
+
+def stride_last(c: int, n: int, s: int, r: int) -> nn.Sequential:
+    """Both strides in the second layer."""
+    return nn.Sequential(nn.Conv2d(c, r, (3, 1), 1, (1, 0), bias=False), nn.Conv2d(r, n, (1, 3), s, (0, 1), bias=False))
+
+
+def compare(backend: str, models: dict[str, nn.Module], x: Tensor | dict[str, Tensor]) -> list[dict[str, Any]]:
+    """A row for each model, the first being what the others are set beside."""
+    for parameter in (p for m in models.values() for p in m.parameters()):
+        nn.init.normal_(parameter, std=0.05)
+    inputs = x if isinstance(x, dict) else dict.fromkeys(models, x)
+    loaded = [BACKENDS[backend].load(m.eval(), inputs[name]) for name, m in models.items()]
+    programs = [lambda _, run=run, name=name: run(inputs[name]) for run, name in zip(loaded, models, strict=True)]
+    times = time_together(programs, next(iter(inputs.values())), rounds=31)
+    base = statistics.median(times[0])
+    return [
+        {
+            "variant": n,
+            "backend": backend,
+            "ms": statistics.median(t),
+            "of_first": statistics.median(t) / base,
+            "spread": spread(t),
+        }
+        for n, t in zip(models, times, strict=True)
+    ]
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    rows = []
+    for c, n, s, side, r in LAYERS:
+        x = torch.randn(1, c, side, side)
+        variants = {"spatial": spatial(c, n, s, r), "1 x 3 first": horizontal_first(c, n, s, r)}
+        if s > 1:
+            variants |= {"stride in the first": stride_first(c, n, s, r), "stride in the second": stride_last(c, n, s, r)}
+        variants |= {f"rank {r + d:+d}": spatial(c, n, s, r + d) for d in (-16, -8, -1, 1, 8)}
+        found = compare("onnxruntime", variants, x)
+        normed = nn.Sequential(spatial(c, n, s, r), nn.BatchNorm2d(n)).eval()
+        folded = nn.Sequential(normed[0][0], fuse_conv_bn_eval(normed[0][1], normed[1]))
+        found += compare("eager", {"with BatchNorm": normed, "BatchNorm folded": folded}, x)
+        plain, last = spatial(c, n, s, r), spatial(c, n, s, r).to(memory_format=torch.channels_last)
+        dense, dense_last = (nn.Conv2d(c, n, 3, s, 1, bias=False) for _ in range(2))
+        wide = x.to(memory_format=torch.channels_last)
+        pairs = {"contiguous": plain, "channels_last": last}
+        found += compare("eager", pairs, {"contiguous": x, "channels_last": wide})
+        denses = {"dense, contiguous": dense, "dense, channels_last": dense_last.to(memory_format=torch.channels_last)}
+        found += compare("eager", denses, {"dense, contiguous": x, "dense, channels_last": wide})
+        for row in found:
+            print(
+                f"{c:4} {n:4} /{s} {side:3}  {row['variant']:22} {row['backend']:12} {row['ms']:7.3f} ms {row['of_first']:6.2f}"
+            )
+        rows += [{"layer": [c, n, s, side, r], **row} for row in found]
+    write({"benchmark": "pairs", "rows": rows, **provenance()}, RESULT)
+
+
+if __name__ == "__main__":
+    main()
