@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow docs bench bench-cifar clean
+.PHONY: demo check test test-slow docs bench bench-cifar bench-imagenette clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -29,13 +29,20 @@ docs: .venv/ready
 RUN := $(BIN)/rankprune bench run benchmarks/experiments
 SEEDED := resnet20-dense resnet20-trp-spatial-nu resnet20-trp-channel-nu resnet20-trp-decoupled-nu $(foreach row,spatial-2.17x \
 	spatial-2.84x channel-2.17x spatial-4x,resnet20-ours-$(row) resnet20-ours-$(row)-distilled)
-ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/*.toml)))
+ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/resnet*.toml)))
 ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense,$(ROWS))
 
 bench-cifar: .venv/ready
 	for row in $(ORDERED); do $(RUN)/$$row.toml || exit 1; done
 	for row in $(SEEDED); do for seed in 1 2; do $(RUN)/$$row.toml --seed $$seed || exit 1; done; done
 	$(BIN)/rankprune report --into README.md --plots docs/plots
+
+# Each builds on the one before: trained from scratch, trained on as long as the rest, the rest.
+NETTE := $(notdir $(basename $(wildcard benchmarks/experiments/imagenette-*.toml)))
+NETTE_ORDERED := $(filter %-dense,$(NETTE)) $(filter %-continued,$(NETTE)) $(filter-out %-dense %-continued,$(NETTE))
+
+bench-imagenette: .venv/ready
+	for row in $(NETTE_ORDERED); do $(RUN)/$$row.toml || exit 1; done
 
 bench: bench-cifar
 	$(BIN)/python benchmarks/overhead.py

@@ -79,7 +79,7 @@ def main() -> None:
         variants = {"spatial": spatial(c, n, s, r), "1 x 3 first": horizontal_first(c, n, s, r)}
         if s > 1:
             variants |= {"stride in the first": stride_first(c, n, s, r), "stride in the second": stride_last(c, n, s, r)}
-        variants |= {f"rank {r + d:+d}": spatial(c, n, s, r + d) for d in (-16, -8, -1, 1, 8)}
+        variants |= {f"rank {r + d}": spatial(c, n, s, r + d) for d in (-16, -8, -1, 1, 8)}
         found = compare("onnxruntime", variants, x)
         normed = nn.Sequential(spatial(c, n, s, r), nn.BatchNorm2d(n)).eval()
         folded = nn.Sequential(normed[0][0], fuse_conv_bn_eval(normed[0][1], normed[1]))

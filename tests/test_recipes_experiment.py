@@ -16,6 +16,8 @@ from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.images import load_images
+from rankprune.recipes.networks import build
+from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
 from rankprune.recipes.runner import run, write

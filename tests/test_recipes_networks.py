@@ -50,7 +50,7 @@ def test_weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = resnet18()
     load_weights(model, "torchvision:ResNet18_Weights.IMAGENET1K_V1", tmp_path, tmp_path)
     exactly_same(model, published)
-    with pytest.raises(rp.RankPruneError, match="cannot get the weights 'ResNet18_Weights.OTHER' from torchvision"):
+    with pytest.raises(rp.RankPruneError, match=r"cannot get the weights 'ResNet18_Weights\.OTHER' from torchvision"):
         load_weights(model, "torchvision:ResNet18_Weights.OTHER", tmp_path, tmp_path)
     with pytest.raises(rp.CheckpointError, match=r"fc\.weight has shape \(1000, 512\) instead of \(10, 512\)"):
         load_weights(build("resnet18", 10), "torchvision:ResNet18_Weights.IMAGENET1K_V1", tmp_path, tmp_path)

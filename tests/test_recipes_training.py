@@ -21,7 +21,6 @@ import rankprune as rp
 from coloured import coloured
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
-from rankprune.recipes.objective import loss_of
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.schedule import TrainConfig, learning_rate
 from rankprune.recipes.training import train
@@ -289,18 +288,6 @@ def test_top1_leaves_the_model_alone() -> None:
     assert top1(model, [(images, labels), (images, (labels + 1) % 4)]) == 50
     assert model.training
     exactly_same(model, before)
-
-
-def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:
-    logits, answers, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
-    config = replace(CONFIG, distill=0.7, temperature=4.0)
-    p, q = (answers / 4).softmax(1), (logits / 4).softmax(1)
-    divergence = (p * (p / q).log()).sum(1).mean()
-    expected = 0.3 * F.cross_entropy(logits, labels) + 0.7 * 16 * divergence
-    torch.testing.assert_close(loss_of(logits, labels, answers, config), expected)
-    torch.testing.assert_close(loss_of(logits, labels, None, config), F.cross_entropy(logits, labels))
-    smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.2 * logits.log_softmax(1).mean()
-    torch.testing.assert_close(loss_of(logits, labels, None, replace(CONFIG, label_smoothing=0.2)), smoothed)
 
 
 def test_a_teacher_is_left_alone_and_taught_from_as_it_was_at_the_start() -> None:

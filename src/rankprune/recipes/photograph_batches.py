@@ -15,7 +15,7 @@ from rankprune.recipes.batches import Batches, Normalize
 from rankprune.recipes.photographs import Box, Photographs, resized
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from rankprune.recipes.photographs import Image
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class PhotographConfig:
     `sources` are tried in turn: folders in that of the data, and "hub:NAME" for a data set of the Hugging Face hub; without
     any it is the folder named like the data set. Training crops hold a random share of the picture's area, at least `area`, at
     `sizes` x `sizes` pixels: each of the sizes for an equal part of the epochs. Pictures of the `test_split` have their
-    shorter side brought to `test_resize`, and are cropped to the `test_size` pixels in the middle. `workers` processes, as far
-    as there are cores, decode ahead; with 0 it is done between steps, and pictures that fit into `keep_gb` gigabytes are decoded once.
+    shorter side brought to `test_resize`, and are cropped to the `test_size` pixels in the middle. As many processes as there
+    are cores, at most `workers`, decode ahead; with 0 it is done between steps, and pictures that fit into `keep_gb` gigabytes
+    are decoded once.
     """
 
     sources: tuple[str, ...] = ()

@@ -64,9 +64,9 @@ def curve(values: Sequence[tuple[float, float]], x_title: str, y_title: str, sai
     y = axis_of([0.0, *(b for _, b in values)], bottom, 14)
     parts = _frame(x, y, bottom, x_title, y_title)
     parts.append(element("path", d=_path([(x(a), y(b)) for a, b in values]), class_="line k1"))
-    parts += [
-        element("circle", element("title", f"{a:g}: {b:.4g}"), cx=x(a), cy=y(b), r=2.5, class_="mark k1") for a, b in values
-    ]
+    radius = 2.5 if len(values) <= 40 else 1
+    for a, b in values:
+        parts.append(element("circle", element("title", f"{a:g}: {b:.4g}"), cx=x(a), cy=y(b), r=radius, class_="mark k1"))
     return _svg(WIDTH, height, said, parts)
 
 
@@ -91,7 +91,7 @@ def heat_map(
             begun, ended = history[start][0], history[end - 1][0]
             when = f"epoch {begun}" if begun == ended else f"epochs {begun} to {ended}"
             tip = element("title", f"{when}: {_rank(rank, of)}")
-            look = {"class_": "dense"} if rank is None else {"fill_opacity": (rank / most) ** 1.5}
+            look = {"class_": "dense"} if rank is None else {"fill_opacity": 0.08 + 0.92 * rank / most}
             width = x(end) - x(start) - 0.8
             cells.append(element("rect", tip, x=x(start), y=y + 1, width=width, height=ROW - 2, **look))
             start = end
@@ -173,8 +173,8 @@ def _grid(x: Axis, top: float, bottom: float) -> list[Element]:
     return parts + [element("text", tick_label(t), x=x(t), y=bottom + 14, class_="middle") for t in ticks]
 
 
-def _layer_name(name: str, y: float, most: int = 17) -> Element:
-    shown = name if len(name) <= most else f"…{name[1 - most :]}"
+def _layer_name(name: str, y: float) -> Element:
+    shown = name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"  # the numbers of blocks stand in front
     return element("text", element("title", name), shown, x=NAMES - 6, y=y + ROW - 4, class_="end")
 
 
