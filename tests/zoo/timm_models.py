@@ -71,6 +71,9 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Classes of timm.models, whose names of create_model cannot be changed, and their settings."""
 
+READ = {"convit_tiny": ("*.qk",)}
+"""Layers whose weights are read when the network first runs."""
+
 TIED = ("coat_tiny",)
 FAST = ("beit_base_patch16_224", "convmixer", "volo")
 
@@ -121,7 +124,15 @@ def architectures() -> list[Architecture]:
     def entry(name: str, build: Callable[[], nn.Module]) -> Architecture:
         scheme = "channel" if name in WIDE else "auto"
         return Architecture(
-            name, "timm", "classification", build, noise(2, 3, 64, 64), fast=name in FAST, tied=name in TIED, scheme=scheme
+            name,
+            "timm",
+            "classification",
+            build,
+            noise(2, 3, 64, 64),
+            fast=name in FAST,
+            tied=name in TIED,
+            exclude=READ.get(name, ()),
+            scheme=scheme,
         )
 
     return [entry(name, build) for name, build in sorted(builders.items())]
