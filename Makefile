@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow docs bench bench-cifar bench-imagenette clean
+.PHONY: demo check test test-slow docs bench bench-cifar bench-latency bench-imagenette clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -44,7 +44,18 @@ NETTE_ORDERED := $(filter %-dense,$(NETTE)) $(filter %-continued,$(NETTE)) $(fil
 bench-imagenette: .venv/ready
 	for row in $(NETTE_ORDERED); do $(RUN)/$$row.toml || exit 1; done
 
-bench: bench-cifar
+# ResNets by the clock, in ONNX Runtime: ten minutes, with nothing else running.
+BY_CLOCK := $(BIN)/rankprune bench latency --backend onnxruntime --rule "Budget(latency=0.5, backend='onnxruntime')" \
+	--rule "Budget(macs=1/2.9)" --model rankprune.recipes.imagenet_resnet
+CLOCKED := benchmarks/results/latency
+
+bench-latency: .venv/ready
+	$(BY_CLOCK):resnet18 --input 1,3,224,224 --rule "Budget(latency=0.36, backend='onnxruntime')" --out $(CLOCKED)-resnet18-224.json
+	$(BY_CLOCK):resnet18 --input 8,3,112,112 --rule "Budget(latency=0.33, backend='onnxruntime')" --out $(CLOCKED)-resnet18-112.json
+	$(BY_CLOCK):resnet50 --input 1,3,224,224 --rule "Budget(latency=0.36, backend='onnxruntime')" --out $(CLOCKED)-resnet50-224.json
+	$(BIN)/python benchmarks/pairs.py
+
+bench: bench-cifar bench-latency
 	$(BIN)/python benchmarks/overhead.py
 
 .venv/ready: pyproject.toml constraints.txt

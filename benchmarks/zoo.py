@@ -36,8 +36,8 @@ run up to the outputs of their heads.
   they are.
 - *left alone* counts what holds a matrix and stays as it is at `RankFraction(0.25)`, by reason: *no cheaper* is a layer
   whose pair costs as much, *read* one of which other code reads what a pair does not have, like `layer.weight.dtype`,
-  *not run* one that is not called, so that its weight must be used in another way, *excluded* one that `tests/zoo` excludes, for its
-  weight is read where a run does not show it. Names are those of types that no
+  *not run* one that is not called, so that its weight must be used in another way, *excluded* one that `tests/zoo`
+  excludes, for its weight is read where a run does not show it. Names are those of types that no
   scheme knows.
 - *difference* is that between the outputs of the dense network and of the one with every layer that can be decomposed
   at its full rank, first and last ones included: the largest, relative to the largest output, in float32.
