@@ -13,7 +13,7 @@ from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
 from rankprune.report.plots import plot_results, plot_training
-from rankprune.report.results import read_results
+from rankprune.report.results import read_results, seeds_together
 from rankprune.report.tables import Table, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
@@ -228,3 +228,12 @@ def test_terminal_tables_take_texts_as_they_are(tmp_path):
     (wicked,) = [run for run in every_kind_of_run() if run["name"] == WICKED]
     (tmp_path / "a.json").write_text(json.dumps(wicked))
     assert WICKED in report(str(tmp_path))
+
+
+def test_settings_that_are_off_do_not_keep_seeds_apart():
+    old, new = (
+        result("trp", 88.0, seed, config=config)
+        for seed, config in enumerate(({"start": "a"}, {"start": "a", "photographs": None}))
+    )
+    other = result("trp", 87.0, 2, config={"start": "a", "photographs": {"size": 64}})
+    assert [len(group) for group in seeds_together([old, new, other])] == [2, 1]

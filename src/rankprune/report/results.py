@@ -52,12 +52,15 @@ def in_order(results: Sequence[Result]) -> list[Result]:
 
 
 def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
-    """The results grouped by experiment: those in one group differ in their seed only."""
+    """The results grouped by experiment: those in one group differ in their seed only.
+
+    Settings that are off count as left out, for older results lack those that came later.
+    """
     groups: dict[str, list[Result]] = defaultdict(list)
     for r in results:
-        config = {k: v for k, v in r["config"].items() if k not in ("name", "start", "teacher", "reference")}
+        config = {k: v for k, v in r["config"].items() if v and k not in ("name", "start", "teacher", "reference")}
         config["scratch"] = from_scratch(r)
-        config["training"] = {k: v for k, v in config.get("training", {}).items() if k != "seed"}
+        config["training"] = {k: v for k, v in config.get("training", {}).items() if v and k != "seed"}
         groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
     return list(groups.values())
 

@@ -137,7 +137,7 @@ def latency(r: Result) -> Table:
     row = batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
     where = machine(r)
     note = "Medians; spread: the larger of the two interquartile ranges, of its median."
-    columns = ("images in a batch", "dense ms", "decomposed ms", "faster", "spread")
+    columns = ("batch", "dense ms", "decomposed ms", "faster", "spread")
     return Table("Latency", columns, [row], note=f"{where}. {note}" if where else note)
 
 
