@@ -111,7 +111,7 @@ ALWAYS = {
     *("wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
 }
 DECOMPOSED = {
-    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_batch", "ms_spread", "ranks"),
+    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_batch", "ms_spread", "ranks"),
     *("plan", "spectra"),
 }
 TINY = Experiment("tiny", dataset="tiny", batch=16, training=TrainConfig(epochs=1, lr=0.02, compile=False))

@@ -22,8 +22,8 @@ class ExecuTorch(FileBackend):
     ranks = 6
 
     def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
+        from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
         if dynamic_batch:
             raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
@@ -33,7 +33,7 @@ class ExecuTorch(FileBackend):
         path.write_bytes(lowered.to_executorch().buffer)
 
     def read(self, path: Path, threads: int | None = None) -> Program:
-        from executorch.runtime import Runtime
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         data = path.read_bytes()
         loaded = Runtime.get().load_program(data)

@@ -16,7 +16,10 @@ Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finet
 
 @dataclass(frozen=True)
 class TrpConfig:
-    """The low-rank side of an experiment; `ramp` and `freeze` are fractions of the whole training. See TRP."""
+    """The low-rank side of an experiment; `ramp` and `freeze` are fractions of the whole training. See TRP.
+
+    `batch` is how many images a rule that goes by latency times at once; None is one.
+    """
 
     rule: str = "Budget(macs=1/2.2)"
     scheme: str = "spatial"
@@ -25,6 +28,7 @@ class TrpConfig:
     nuclear_cadence: Literal["step", "projection"] = "step"
     ramp: float = 0.5
     freeze: float | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         parse_rule(self.rule)

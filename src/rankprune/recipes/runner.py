@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 import rankprune
+from rankprune.budget import Budget
 from rankprune.checkpoint import load, save, save_tensors
-from rankprune.cost import count, cpu_name, measure_together
+from rankprune.comparison import compare
+from rankprune.cost import count, cpu_name
 from rankprune.decompose import decompose
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra
+from rankprune.ranks import RankRule
 from rankprune.recipes.batches import Batches
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
@@ -61,7 +64,8 @@ def run(
     model = network(e.start)
     teacher = network(e.teacher or e.start) if e.training.distill else None
     x = next(data.test(batch=1))[0]
-    log, plan, small = _train(e, model, teacher, data.batches, x, folder / "checkpoint.pt", on_step)
+    together = next(data.test(batch=e.trp.batch or 1))[0]
+    log, plan, small = _train(e, model, teacher, data.batches, together, folder / "checkpoint.pt", on_step)
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,7 @@ def run(
             result["top1_dense"] = top1(network(e.reference), data.test())
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
-        result |= _compare(model, small, plan, data, x)
+        result |= _compare(model, small, plan, data, x, parse_rule(e.trp.rule))
         start = model if e.method.startswith("decompose") else network(e.start)
         result["spectra"] = {"before": _rounded_spectra(start, plan), "after": _rounded_spectra(model, plan)}
     return result
@@ -117,10 +121,12 @@ def _train(
     return log, trp.plan, small
 
 
-def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor) -> dict[str, Any]:
+def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor, rule: RankRule) -> dict[str, Any]:
     batch = next(data.test(batch=64))[0]
     before, after = count(model, x), count(small, x)
-    times = measure_together({"dense": model, "small": small}, batch)
+    backend, threads = (rule.backend, rule.threads) if isinstance(rule, Budget) else ("eager", None)
+    found = compare({"dense": model, "small": small}, batch, [backend], threads=threads, rounds=30)
+    times = {t.network: t for t in found.timings}
     return {
         "top1_before_decomposition": top1(model, data.test()),
         "top1": top1(small, data.test()),
@@ -128,8 +134,9 @@ def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torc
         "macs": after.macs,
         "params_dense": before.params,
         "params": after.params,
-        "ms_dense": round(times["dense"].median_ms, 3),
-        "ms": round(times["small"].median_ms, 3),
+        "ms_dense": round(times["dense"].ms, 3),
+        "ms": round(times["small"].ms, 3),
+        "ms_backend": backend,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
         "ranks": plan.ranks,

@@ -58,11 +58,15 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for r in results:
-        config = {k: v for k, v in r["config"].items() if v and k not in ("name", "start", "teacher", "reference")}
+        config = {k: _chosen(v) for k, v in r["config"].items() if v and k not in ("name", "start", "teacher", "reference")}
         config["scratch"] = from_scratch(r)
-        config["training"] = {k: v for k, v in config.get("training", {}).items() if v and k != "seed"}
         groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
     return list(groups.values())
+
+
+def _chosen(value: Any) -> Any:
+    """A table of settings without the seed and those that are off."""
+    return {k: v for k, v in value.items() if v and k != "seed"} if isinstance(value, dict) else value
 
 
 def label(r: Result) -> str:
