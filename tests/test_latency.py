@@ -244,3 +244,12 @@ def test_a_layers_curve_over_its_ranks() -> None:
     assert [p.ms for p in points] == pytest.approx(expected, rel=0.2)
     with pytest.raises(rp.RankPruneError, match="no layer 'nothing'"):
         layer_curve(model, x, "nothing", "waiting")
+
+
+def test_networks_in_training_are_timed_in_eval_mode_and_left_as_they_are() -> None:
+    model, x = network()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compare({"dense": model}, x, ["eager"], rounds=3)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,6 +1,7 @@
 """Networks against each other by the clock, on several backends, and one layer against its rank."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 
@@ -51,19 +52,19 @@ def compare(
     """
     timings: list[BackendTiming] = []
     failed: dict[str, str] = {}
-    for name in backends:
-        backend = backend_named(name)
-        backend.require()
-        try:
-            programs = []
-            for network in networks.values():
-                with undisturbed(network):
-                    programs.append(backend.load(network, x, threads))
-        except ExportError as error:
-            failed[name] = str(error)
-            continue
-        for network, times in zip(networks, time_together(programs, x, rounds), strict=True):
-            timings.append(BackendTiming(network, name, backend.version, median(times), spread(times)))
+    with ExitStack() as stack:
+        for network in networks.values():
+            stack.enter_context(undisturbed(network))
+        for name in backends:
+            backend = backend_named(name)
+            backend.require()
+            try:
+                programs = [backend.load(network, x, threads) for network in networks.values()]
+            except ExportError as error:
+                failed[name] = str(error)
+                continue
+            for network, times in zip(networks, time_together(programs, x, rounds), strict=True):
+                timings.append(BackendTiming(network, name, backend.version, median(times), spread(times)))
     return Comparison(tuple(timings), failed)
 
 
