@@ -70,7 +70,7 @@ def test_the_suffix_says_for_which_runtime(suffix, files, tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == files
     with pytest.raises(rp.ExportError, match="differs from the model by"):
         rp.export(model, x, tmp_path / f"small{suffix}", tolerance=-1.0)
-    assert {f.name for f in tmp_path.iterdir()} <= files - {f"small{suffix}"}
+    assert {f.name for f in tmp_path.iterdir()} == files  # the good one is still there
 
 
 @pytest.mark.slow
@@ -92,3 +92,20 @@ def test_the_opset_is_the_one_in_the_documentation(tmp_path):
     model, x = small_network()
     rp.export_onnx(model, x, tmp_path / "small.onnx")
     assert onnx.load(tmp_path / "small.onnx").opset_import[0].version == 20
+
+
+def test_an_output_that_is_no_number_is_a_difference(tmp_path):
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 1, torch.log(x - 2)
+
+    with pytest.raises(rp.ExportError, match="differs"):
+        rp.export_onnx(Broken(), torch.ones(2, 3), tmp_path / "broken.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_runtime_cannot_read_is_not_left_behind(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).bfloat16()
+    with pytest.raises(rp.ExportError, match="cannot be exported to onnxruntime"):
+        rp.export_onnx(model, torch.randn(1, 3, 4, 4).bfloat16(), tmp_path / "half.onnx")
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ ORDER = [
     "layers",
     "cost",
     "backends",
+    "replacement",
     "stopwatch",
     "calibration",
     "latency",

@@ -46,6 +46,8 @@ class Budget(RankRule):
             if not is_share(value):
                 raise RankPruneError(f"Budget({name}={value}): give the fraction of the dense model that may remain, in (0, 1]")
         backend_named(self.backend)
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise RankPruneError(f"Budget(threads={self.threads!r}): give a whole number of at least 1, or None")
 
     def __repr__(self) -> str:
         where = "" if self.latency is None else f", backend={self.backend!r}"

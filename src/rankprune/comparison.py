@@ -10,7 +10,7 @@ from torch import nn
 from rankprune.backends import BACKENDS, backend_named
 from rankprune.backends.timing import spread, time_together
 from rankprune.cost import Inputs, undisturbed
-from rankprune.errors import ExportError, RankPruneError
+from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.latency import Subject, measure_layer, ranks_to_try
 from rankprune.layers import unwrap
 from rankprune.planner import Planner
@@ -47,9 +47,10 @@ def compare(
     """Time networks on backends, all networks of a backend in turn within one loop, after a warm-up.
 
     Raises:
-        RankPruneError: for a backend that there is not.
-        MissingExtraError: for a backend that is not installed.
+        RankPruneError: for a backend that there is not, or fewer than two rounds.
     """
+    if rounds < 2:
+        raise RankPruneError(f"rounds={rounds}: give at least 2, for a spread")
     timings: list[BackendTiming] = []
     failed: dict[str, str] = {}
     with ExitStack() as stack:
@@ -57,10 +58,9 @@ def compare(
             stack.enter_context(undisturbed(network))
         for name in backends:
             backend = backend_named(name)
-            backend.require()
             try:
                 programs = [backend.load(network, x, threads) for network in networks.values()]
-            except ExportError as error:
+            except (ExportError, MissingExtraError) as error:
                 failed[name] = str(error)
                 continue
             for network, times in zip(networks, time_together(programs, x, rounds), strict=True):

@@ -1,19 +1,17 @@
 """Replace each planned layer by its pair of thin ones, in a copy of the model."""
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankprune import linalg
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
-from rankprune.errors import RankPruneError
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules
+from rankprune.replacement import with_pairs
 from rankprune.schemes import SCHEMES
 
 
@@ -56,7 +54,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
         module, scheme = layers[key]
         left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
         pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
-    return _with_pairs(model, modules, pairs)
+    return with_pairs(model, modules, pairs)
 
 
 def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
@@ -70,35 +68,4 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     for name, module in modules.items():
         entry = plan.decomposed[name]
         pairs[name] = SCHEMES[entry.scheme or ""].pair_like(module, entry.rank or 1)
-    return _with_pairs(model, modules, pairs)
-
-
-def _with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:
-    """A deep copy of the model with each planned layer's pair wherever the layer was referred to, also twice."""
-    memo: dict[int, Any] = {id(modules[name]): pair for name, pair in pairs.items()}
-    for module in model.modules():  # weight_norm and the like keep a computed tensor, which deepcopy refuses
-        for value in _non_leaves(list(module.__dict__.values())):
-            memo[id(value)] = value.detach().clone()
-    try:
-        small = copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise RankPruneError(f"this {type(model).__name__} cannot be copied by copy.deepcopy ({error})") from error
-    copied = dict(small.named_modules())
-    missing = [name for name, pair in pairs.items() if copied.get(name) is not pair]
-    if missing:
-        raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
-    for module in small.modules():  # keep these off their fast paths, which read linear1.weight
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
-            module.activation_relu_or_gelu = 0
-    return small
-
-
-def _non_leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, or in the lists, tuples and dicts that it is of, which are part of a graph."""
-    if isinstance(value, Tensor) and not value.is_leaf:
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _non_leaves(part)
+    return with_pairs(model, modules, pairs)

@@ -1,5 +1,6 @@
 """Export to a file that another runtime runs, with a check that the file computes what the model does."""
 
+import tempfile
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def export(
     Raises:
         RankPruneError: for a suffix of no runtime.
         MissingExtraError: without the runtime's packages.
-        ExportError: if the model cannot be exported, or the file computes something else; such a file is removed.
+        ExportError: if the model cannot be exported, or the file computes something else; then no file is written.
     """
     path = Path(path)
     if path.suffix not in _BY_SUFFIX:
@@ -50,29 +51,26 @@ def _export(
     backend: FileBackend, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool | None, tolerance: float
 ) -> float:
     backend.require()
-    model, before = unwrap(model), _beside(path)
-    with undisturbed(model):
+    model = unwrap(model)
+    with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         expected = tensors(call(model, x))
+        draft = Path(folder) / path.name
         try:
-            backend.write(model, x, path, backend.opens_batch if dynamic_batch is None else dynamic_batch)
+            backend.write(model, x, draft, backend.opens_batch if dynamic_batch is None else dynamic_batch)
+            found = backend.read(draft)(x)
+            differences = [_difference(a, b) for a, b in zip(expected, found, strict=True)]
         except ExportError:
             raise
         except Exception as error:
             raise refused(model, backend.name, error) from error
-    difference = max(_difference(a, b) for a, b in zip(expected, backend.read(path)(x), strict=True))
-    if not difference <= tolerance:
-        for file in _beside(path) - before | {path}:
-            file.unlink()
-        raise ExportError(
-            f"the exported {type(model).__name__} differs from the model by {difference:.2e} (relative), more than "
-            f"{tolerance:.0e}; the file was removed. If the model computes in reduced precision, give a larger tolerance"
-        )
-    return difference
-
-
-def _beside(path: Path) -> set[Path]:
-    """The files that begin like this one."""
-    return set(path.parent.glob(f"{path.stem}.*"))
+        if not all(difference <= tolerance for difference in differences):  # also where one is not a number
+            raise ExportError(
+                f"the exported {type(model).__name__} differs from the model by {max(differences):.2e} (relative), more than "
+                f"{tolerance:.0e}; no file was written. If the model computes in reduced precision, give a larger tolerance"
+            )
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    return max(differences, default=0.0)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -112,16 +112,17 @@ class Planner:
             raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
         self.latency: LatencyTable | None = None
         if rule.metric == "latency":
-            assert isinstance(rule, Budget)
-            assert example_inputs is not None
+            if not isinstance(rule, Budget) or example_inputs is None:
+                raise RankPruneError(f"{rule!r} goes by latency but names no backend; derive the rule from Budget")
             tries = backend_named(rule.backend).ranks
-            self._subjects = {name: _subject(options, tries) for name, options in self.options.items()}
+            self._subjects = {name: _subject(options, tries, round_to) for name, options in self.options.items()}
             self._example_inputs = example_inputs
             self.latency = measure_table(self.model, example_inputs, self._subjects, rule.backend, rule.threads)
         flat = self._flat()
         flat_spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in flat.items()}
         self._choose(flat_spectra, rule)  # raises if the rule cannot be met, whatever the spectra
         self.correct_latency(flat_spectra)
+        self._choose(flat_spectra, rule)  # also with the corrected times
         self.join(Team.alone())
         layers = {key: (o.layer.module, o.scheme) for key, o in flat.items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
@@ -293,12 +294,12 @@ def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
     return Option(layer, scheme, unit, dense, min(matrices.shape[1:]), row.input_shapes if row else ())
 
 
-def _subject(options: Sequence[Option], count: int) -> Subject:
+def _subject(options: Sequence[Option], count: int, round_to: int) -> Subject:
     """A layer to be timed, at about `count` ranks of each scheme that save MACs."""
     ranks = {}
     for o in options:
         affordable = (o.dense.of("macs") - 1) // max(o.unit.of("macs"), 1)
-        ranks[o.scheme] = ranks_to_try(min(o.full_rank, affordable), count)
+        ranks[o.scheme] = ranks_to_try(min(o.full_rank, affordable), count, round_to)
     return Subject(options[0].layer.module, options[0].input_shapes, ranks)
 
 

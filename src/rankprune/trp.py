@@ -331,8 +331,12 @@ class TRP:
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
-        if self._planner.latency is not None and state["latency"] is not None:  # what was measured before decides on
-            self._planner.latency = LatencyTable.of(state["latency"])
+        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
+            table, mine = LatencyTable.of(state["latency"]), self._planner.latency.setting
+            there = table.setting
+            if (there.backend, there.threads, there.dtype) != (mine.backend, mine.threads, mine.dtype):
+                raise RankPruneError(f"this state goes by times measured as {there}, not as {mine}; give the same rule")
+            self._planner.latency = table
         self._subgradients = {
             name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
             for name, term in state["subgradients"].items()

@@ -4,7 +4,6 @@ import importlib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,7 +41,7 @@ class Backend(ABC):
     @property
     def version(self) -> str:
         """Its package's version."""
-        return version(self.package)
+        return str(importlib.import_module(self.package).__version__)
 
     def require(self) -> None:
         """Make sure that it can be used.
@@ -59,23 +58,26 @@ class Backend(ABC):
         """The model, in eval mode, as a program for inputs of exactly the shapes of `x`.
 
         Args:
-            threads: how many it may use; None leaves that to the backend, or to torch.get_num_threads() where that counts.
+            threads: how many it may use, where the backend lets us say so; None means torch.get_num_threads().
 
         Raises:
             MissingExtraError: if the backend is not installed.
             ExportError: if it cannot take the model.
         """
-        self.require()
-        try:
-            return self._load(model, x, threads)
-        except ExportError:
-            raise
-        except Exception as error:
-            raise refused(model, self.name, error) from error
+        return self.load_each([model], x, threads)[0]
 
     def load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None = None) -> list[Program]:
         """load() for several models that are called alike; some backends are quicker at many."""
-        return [self.load(model, x, threads) for model in models]
+        self.require()
+        try:
+            return self._load_each(models, x, threads)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise refused(models[0], self.name, error) from error
+
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
+        return [self._load(model, x, threads) for model in models]
 
     @abstractmethod
     def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program: ...

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,27 @@ class OnnxRuntime(FileBackend):
     def read(self, path: Path, threads: int | None = None) -> Program:
         return _program(str(path), threads)
 
-    def load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None = None) -> list[Program]:
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
         """One export for all, cut apart: most of an export's time does not depend on the model's size."""
         if len(models) < 2:
-            return super().load_each(models, x, threads)
-        self.require()
+            return super()._load_each(models, x, threads)
         import onnx.utils
 
-        together = _SideBySide(models)
         args, kwargs = arguments(x)
+        with torch.no_grad():
+            outputs = [len(tensors(model(*args, **kwargs))) for model in models]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.onnx.export(together, args, kwargs=kwargs or None, dynamo=True, opset_version=OPSET, verbose=False)
-        proto = exported.model_proto if exported is not None else None
-        assert proto is not None
+            exported = torch.onnx.export(
+                _SideBySide(models), args, kwargs=kwargs or None, dynamo=True, opset_version=OPSET, verbose=False
+            )
+        assert exported is not None
+        proto = exported.model_proto
         cut = onnx.utils.Extractor(proto)
-        names = [i.name for i in proto.graph.input]
-        return [_program(cut.extract_model(names, [o.name]).SerializeToString(), threads) for o in proto.graph.output]
+        inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
+        ends = list(accumulate(outputs))
+        parts = [cut.extract_model(inputs, results[end - n : end]) for end, n in zip(ends, outputs, strict=True)]
+        return [_program(part.SerializeToString(), threads) for part in parts]
 
 
 class _SideBySide(nn.Module):
@@ -77,8 +82,8 @@ class _SideBySide(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return tuple(model(*args, **kwargs) for model in self.models)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor for model in self.models for tensor in tensors(model(*args, **kwargs)))
 
 
 def _program(source: str | bytes, threads: int | None) -> Program:

@@ -1,6 +1,6 @@
 """PyTorch itself, as it is and compiled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,14 +20,20 @@ class Eager(Backend):
 
 
 class Compiled(Backend):
-    """torch.compile with its default settings."""
+    """torch.compile with its default settings. Loading forgets what was compiled before."""
 
     name = "compile"
     ranks = 6
 
     def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
-        torch._dynamo.reset()  # or it gives up after some shapes of the same module
         return _program(model, torch.compile(model, dynamic=False), x, threads)
+
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
+        """Without the limit of programs for the same code, beyond which torch.compile runs a model as it is."""
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch({limit: len(models) + 8}):  # type: ignore[attr-defined]
+            return super()._load_each(models, x, threads)
 
 
 def _program(model: nn.Module, run: Callable, x: Inputs, threads: int | None) -> Program:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from rankprune.backends import BACKENDS
+from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, SchemeName
 from rankprune.cli.target import build_model, example_input
@@ -40,11 +42,15 @@ def bench_latency(
     torch.manual_seed(0)  # for models of random weights
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
-    networks, predicted = {DENSE: dense}, {}
-    for text in rule or ([] if artefact else ["Budget(macs=0.5)"]):
-        plan = make_plan(dense, x, scheme=scheme, rule=parse_rule(text))
+    networks, predicted, plans = {DENSE: dense}, {}, {}
+    rules = rule or ([] if artefact else ["Budget(macs=0.5)"])
+    for text in rules:
+        parsed = parse_rule(text)
+        plan = make_plan(dense, x, scheme=scheme, rule=parsed)
         networks[text] = decompose(dense, plan)
-        predicted[text] = plan.ms_dense / plan.ms if plan.ms and plan.ms_dense else None
+        plans[text] = {name: [e.scheme, e.rank] for name, e in plan.decomposed.items()}
+        if isinstance(parsed, Budget) and plan.ms and plan.ms_dense:
+            predicted[text, parsed.backend] = plan.ms_dense / plan.ms
     if artefact is not None:
         networks[str(artefact)] = build_model(model, artefact=artefact)
     macs = {name: count(network, x).macs for name, network in networks.items()}
@@ -57,7 +63,7 @@ def bench_latency(
             "speedup": base[t.backend] / t.ms,
             "macs": macs[t.network],
             "macs_speedup": macs[DENSE] / macs[t.network],
-            "predicted_speedup": predicted.get(t.network) if f"{t.backend!r}" in t.network or t.backend == "eager" else None,
+            "predicted_speedup": predicted.get((t.network, t.backend)),
         }
         for t in found.timings
     ]
@@ -79,7 +85,7 @@ def bench_latency(
     )
     for name, reason in found.failed.items():
         say(f"{name}: {reason}")
-    for name in [name for name in installed_backends() if name not in backends and backend is None]:
+    for name in [name for name in BACKENDS if name not in backends and backend is None]:
         say(f"{name} is not installed")
     if any(r["spread"] > NOISY for r in rows):
         say(f"times vary by more than {NOISY:.0%}: stop what else runs on this machine and try again")
@@ -88,7 +94,7 @@ def bench_latency(
         plot_layer(plot, points, f"{layer} of {model.split(':')[-1]}, {backends[0]}")
         say(f"plot    {plot}")
     if out is not None:
-        setting = {"model": model, "input": input, "scheme": scheme, "rules": rule, "rounds": rounds, "threads": threads}
-        result = {"benchmark": "latency", "config": setting, "rows": rows, "failed": dict(found.failed)}
+        setting = {"model": model, "input": input, "scheme": scheme, "rules": rules, "rounds": rounds, "threads": threads}
+        result = {"benchmark": "latency", "config": setting, "rows": rows, "plans": plans, "failed": dict(found.failed)}
         result |= {"layer": layer, "curve": [asdict(p) for p in points]} if points else {}
         say(f"result  {write({**result, **provenance()}, out)}")

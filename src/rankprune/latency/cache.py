@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 NOISY = 0.2
 """The spread, (third - first quartile) / median, beyond which a measurement decides nothing."""
@@ -21,7 +23,12 @@ def cache_folder() -> Path:
 
 
 class LatencyCache:
-    """The measurements of one setting, by a text that says what was measured. Written after every one that is calm."""
+    """The measurements of one setting, by a text that says what was measured.
+
+    Those of this process are remembered, and those that are calm are kept in a file, written after every one.
+    """
+
+    _remembered: ClassVar[dict[tuple[Path, str], dict[str, Any]]] = {}
 
     def __init__(self, setting: Mapping[str, Any]) -> None:
         self.setting = dict(setting)
@@ -30,21 +37,26 @@ class LatencyCache:
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is known under this key, or else what `measure` returns, kept unless its "spread" is too large."""
-        known = self._read().get(key)
-        if known is not None:
-            return known
-        measured = {**measure(), "date": date.today().isoformat()}
-        if measured["spread"] <= NOISY:
-            entries = {**self._read(), key: measured}  # another process may have written meanwhile
+        known = self._remembered.get((self.path, key)) or self._read().get(key)
+        if known is None:
+            known = {**measure(), "date": date.today().isoformat()}
+            if known["spread"] <= NOISY:
+                self._write({**self._read(), key: known})  # another process may have written meanwhile
+        self._remembered[self.path, key] = known
+        return known
+
+    def _write(self, measured: Mapping[str, Any]) -> None:
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({"setting": self.setting, "measured": entries}, indent=1))
-            draft.replace(self.path)
-        return measured
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".draft", delete=False) as draft:
+                json.dump({"setting": self.setting, "measured": measured}, draft, indent=1)
+            Path(draft.name).replace(self.path)
+        except OSError as error:
+            warnings.warn(f"cannot keep latencies in {str(self.path)!r} ({error}); set RANKPRUNE_CACHE", stacklevel=2)
 
     def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_text())
-        except (OSError, json.JSONDecodeError):
+            return found["measured"] if found["setting"] == self.setting else {}
+        except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
             return {}
-        return found["measured"] if found.get("setting") == self.setting else {}

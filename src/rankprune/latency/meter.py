@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from rankprune.backends import backend_named
 from rankprune.backends.base import tensors
 from rankprune.backends.timing import spread, time_together
-from rankprune.cost import Inputs, cpu_name, undisturbed
+from rankprune.cost import Inputs, count, cpu_name, undisturbed
 from rankprune.latency.cache import NOISY, LatencyCache
+from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
 
 logger = logging.getLogger(__name__)
@@ -88,13 +89,14 @@ class Meter:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.cache = LatencyCache(asdict(setting))
+        self.spreads: list[float] = []
         self._backend = backend_named(setting.backend)
 
     def layer(self, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
         """A layer with `tail` behind, over all its calls."""
         text = f"{subject.module} {[str(m) for m in tail]} { {s.name: list(ranks) for s, ranks in subject.ranks.items()} }"
         calls = [
-            self.cache.get(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
+            self._known(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
             for shape in subject.input_shapes
         ]
         pairs = {s: {int(r): sum(c["pairs"][s][r] for c in calls) for r in ms} for s, ms in calls[0]["pairs"].items()}
@@ -104,7 +106,7 @@ class Meter:
         began = time.perf_counter()
         weight = subject.module.get_parameter("weight")
         x = torch.randn(shape, device=weight.device).to(weight.dtype)
-        if _is_channels_last(weight):
+        if self.setting.memory_format == "channels_last" and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         pairs = {(s.name, rank): subject.pair(s.name, rank) for s, ranks in subject.ranks.items() for rank in ranks}
         distinct = {"": copy.deepcopy(subject.module)} | {str(pair): pair for pair in pairs.values()}
@@ -123,12 +125,22 @@ class Meter:
 
         def measure() -> dict[str, Any]:
             with undisturbed(model):
-                (dense, *small), noise = self._time([model, *(_with_pairs(model, subjects, v) for v in variants)], x)
+                networks = [model]
+                for variant in variants:
+                    pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
+                    networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs).eval())
+                (dense, *small), noise = self._time(networks, x)
             return {"dense": dense, "decomposed": small, "spread": noise}
 
         shapes = [tuple(t.shape) for t in tensors(x)]
-        digest = hashlib.sha256(f"{model} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
-        return self.cache.get(f"{type(model).__name__} {digest} on {shapes}", measure)
+        kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
+        digest = hashlib.sha256(f"{kind} {model} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
+        return self._known(f"{type(model).__name__} {digest} on {shapes}", measure)
+
+    def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        found = self.cache.get(key, measure)
+        self.spreads.append(found["spread"])
+        return found
 
     def _time(self, models: Sequence[nn.Module], x: Inputs) -> tuple[list[float], float]:
         """The models' medians, and the spread of the first one's times; of several tries the calmest."""
@@ -143,14 +155,6 @@ class Meter:
                 break
         assert best is not None
         return best
-
-
-def _with_pairs(model: nn.Module, subjects: Mapping[str, Subject], variant: Variant) -> nn.Module:
-    """A copy of the model with pairs of random weights."""
-    root = nn.ModuleDict({"model": copy.deepcopy(model)})  # for a model that is a layer itself
-    for name, (scheme, rank) in variant.items():
-        root.set_submodule(f"model.{name}".removesuffix("."), subjects[name].pair(scheme, rank))
-    return root["model"].eval()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import nn
 
 from rankprune.backends import backend_named
 from rankprune.cost import Inputs
+from rankprune.errors import ExportError, MissingExtraError
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant
@@ -53,10 +54,14 @@ class LatencyTable:
         return cls(Setting(**values["setting"]), values["network_ns"], layers, values["share"])
 
 
-def ranks_to_try(largest: int, count: int) -> list[int]:
-    """About `count` multiples of a power of two, up to `largest`: kernels work on so many channels at once."""
-    step = 2 ** max(0, round(math.log2(max(largest, 1) / count)))
-    return list(range(step, largest + 1, step))
+def ranks_to_try(largest: int, count: int, multiple: int = 1) -> list[int]:
+    """About `count` ranks up to `largest`, all multiples of `multiple`.
+
+    They are multiples of a power of two, for kernels work on so many channels at once, and below the first its halves, to 8.
+    """
+    step = math.lcm(multiple, 2 ** max(0, round(math.log2(max(largest, 1) / count))))
+    low = [rank for rank in (step // 8, step // 4, step // 2) if rank >= 8 and rank % multiple == 0]
+    return [rank for rank in (*low, *range(step, largest + 1, step)) if rank <= largest]
 
 
 def measure_table(
@@ -70,14 +75,18 @@ def measure_table(
         ExportError: if the backend cannot take the model or a layer.
 
     Warns:
-        NoisyMeasurementWarning: if the network's times vary by more than a fifth in each of three tries.
+        NoisyMeasurementWarning: if the times of a layer or the network vary by more than a fifth in each of three tries.
     """
-    backend_named(backend).require()
-    meter = Meter(Setting.of(model, backend, threads))
-    tails = followers(model, x, {name: s.module for name, s in subjects.items()})
-    layers = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
-    table = LatencyTable(meter.setting, 0, layers, 1.0)
-    return _corrected(table, meter, model, x, subjects, [_near(layers, part) for part in (0.5, 0.25)])
+    try:
+        backend_named(backend).require()
+        meter = Meter(Setting.of(model, backend, threads))
+        tails = followers(model, x, {name: s.module for name, s in subjects.items()})
+        layers = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
+        table = LatencyTable(meter.setting, 0, layers, 1.0)
+        return _corrected(table, meter, model, x, subjects, [_near(layers, part) for part in (0.5, 0.25)])
+    except (MissingExtraError, ExportError) as error:
+        error.args = (f"{error}; or budget in MACs, like Budget(macs=0.5)",)
+        raise
 
 
 def correct_table(
@@ -96,17 +105,19 @@ def _corrected(
     variants: Sequence[Variant],
 ) -> LatencyTable:
     found = meter.network(model, x, subjects, variants)
-    if found["spread"] > NOISY:
+    noisy = [spread for spread in meter.spreads if spread > NOISY]
+    if noisy:
         warnings.warn(
-            f"times on this machine vary by {found['spread']:.0%}, too much to choose ranks by; stop what else runs on it and "
-            "try again, or budget in MACs, like Budget(macs=0.5)",
+            f"{len(noisy)} of {len(meter.spreads)} measurements on this machine vary by more than {NOISY:.0%}, the worst by "
+            f"{max(noisy):.0%}, too much to choose ranks by; stop what else runs on it and try again, or budget in MACs, like "
+            "Budget(macs=0.5)",
             NoisyMeasurementWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     expected = [table.saved_ns(variant) / table.share / 1e6 for variant in variants]
     weight = sum(saving**2 for saving in expected)  # least squares of: arrived = share * expected
     arrived = [found["dense"] - ms for ms in found["decomposed"]]
-    share = sum(a * b for a, b in zip(expected, arrived, strict=True)) / weight if weight else 1.0
+    share = sum(a * b for a, b in zip(expected, arrived, strict=True)) / weight if weight else table.share
     return replace(table.with_share(max(share, 0.05)), network_ns=round(found["dense"] * 1e6))
 
 
