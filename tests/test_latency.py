@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import own_clock
 import rankprune as rp
-from rankprune import backends, comparison
+from rankprune import backends
 from rankprune.backends import Backend, Program
-from rankprune.backends.timing import time_together
 from rankprune.comparison import compare, layer_curve
 from rankprune.cost import Inputs, parameter_count
 from rankprune.latency import LatencyTable, Subject, measure_layer, meter, ranks_to_try
@@ -35,23 +35,14 @@ class Timeless(Backend):
             return []
 
         layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
-        program.ms = MS_PER_PARAMETER * parameter_count(model) + MS_PER_LAYER * layers  # type: ignore[attr-defined]
-        return program
-
-
-def clock(programs: list[Program], x: Inputs, rounds: int = 15) -> list[list[float]]:
-    """Our clock for what has a time of its own, the real one for all else."""
-    if all(hasattr(program, "ms") for program in programs):
-        return [[program.ms] * rounds for program in programs]  # type: ignore[attr-defined]
-    return time_together(programs, x, rounds)
+        return own_clock.timed(program, MS_PER_PARAMETER * parameter_count(model) + MS_PER_LAYER * layers)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "timeless": Timeless()})
-    monkeypatch.setattr(meter, "time_together", clock)
-    monkeypatch.setattr(comparison, "time_together", clock)
+    own_clock.use(monkeypatch)
     return tmp_path / "cache"
 
 
