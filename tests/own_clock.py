@@ -1,12 +1,15 @@
 """A clock of our own for latencies: what they are then does not depend on the machine."""
 
 import pytest
+from torch import Tensor, nn
 
-from rankprune import comparison
-from rankprune.backends import Program
+from rankprune import backends, comparison
+from rankprune.backends import Backend, Program
 from rankprune.backends.timing import time_together
-from rankprune.cost import Inputs
+from rankprune.cost import Inputs, parameter_count
 from rankprune.latency import meter
+
+MS_PER_PARAMETER, MS_PER_LAYER = 4e-4, 0.3
 
 
 def timed(program: Program, ms: float) -> Program:
@@ -26,3 +29,44 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure by our clock."""
     monkeypatch.setattr(meter, "time_together", clock)
     monkeypatch.setattr(comparison, "time_together", clock)
+
+
+class Timeless(Backend):
+    """Takes a time by our clock that is proportional to the parameters, and one more for each layer; computes nothing.
+
+    `ms_per_square` is for the square of the parameters of a whole network, so that its layers do not save what they save by
+    themselves.
+    """
+
+    name = "timeless"
+    ranks = 8
+
+    def __init__(self, ms_per_square: float = 0) -> None:
+        self.ms_per_square = ms_per_square
+
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
+        def program(x: Inputs) -> list[Tensor]:
+            return []
+
+        layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+        ms = MS_PER_PARAMETER * parameter_count(model) + MS_PER_LAYER * layers
+        if any(isinstance(m, nn.Flatten) for m in model.modules()):
+            ms += self.ms_per_square * parameter_count(model) ** 2
+        return timed(program, ms)
+
+
+def add(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """Make it one of the backends."""
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, backend.name: backend})
+
+
+def count_timings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many programs were timed together each time from now on."""
+    found: list[int] = []
+
+    def counted(programs: list[Program], x: Inputs, rounds: int = 15) -> list[list[float]]:
+        found.append(len(programs))
+        return clock(programs, x, rounds)
+
+    monkeypatch.setattr(meter, "time_together", counted)
+    return found

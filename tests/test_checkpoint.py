@@ -81,7 +81,10 @@ def test_golden_names(artefact: Path) -> None:
     assert head.keys() == {"format", "architecture", "geometry", "aliases", "plan"}
     assert (head["format"], head["architecture"]) == (1, "Net")
     assert head["aliases"] == {"head.weight": "table.weight"}
-    assert head["plan"].keys() == {"format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted", "ms_dense"}
+    assert head["plan"].keys() == {
+        *("format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted"),
+        *("ms_dense", "setting", "input_shapes"),
+    }
     assert head["plan"]["layers"][1].keys() == {
         *("name", "kind", "shape", "scheme", "rank", "full_rank", "macs_before", "macs_after"),
         *("params_before", "params_after", "error", "reason", "ms_before", "ms_after"),

@@ -9,13 +9,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import own_clock
 import rankprune as rp
+from rankprune.backends.onnxruntime import OnnxRuntime
+from rankprune.backends.pytorch import Eager
 from rankprune.cli import main
 from rankprune.cli.app import app
 from rankprune.recipes.resnet import resnet, resnet20
 
 MODEL = ["--model", "rankprune.recipes.resnet:resnet20"]
 INPUT = ["--input", "1,3,32,32"]
+RELU = ["--model", "torch.nn:ReLU", "--input", "1,4"]
+LATENCY = ["bench", "latency", *MODEL, *INPUT]
 
 
 def invoke(*arguments: str) -> str:
@@ -74,8 +79,74 @@ def test_plan_decompose_evaluate_count_export_a_users_own_model(tmp_path, checkp
     assert accuracies[0][1] == accuracies[1][1]
 
     assert f"MACs {made.macs:,}" in invoke("count", *MODEL, "--artefact", str(out), *INPUT, "--time")
-    invoke("export", *MODEL, "--artefact", str(out), *INPUT, "--out", str(tmp_path / "small.onnx"))
-    assert (tmp_path / "small.onnx").stat().st_size > 100_000
+    assert "largest difference from PyTorch" in invoke(
+        "export", *MODEL, "--artefact", str(out), *INPUT, "--out", str(out / "s.onnx")
+    )
+    (found,) = OnnxRuntime().read(out / "s.onnx")(x)  # two images, not one
+    torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "files"),
+    [
+        (".xml", "openvino", {"small.xml", "small.bin"}),
+        pytest.param(".pt2", "torch", {"small.pt2"}, marks=pytest.mark.slow),
+        pytest.param(".pte", "executorch", {"small.pte"}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+def test_export_chooses_the_runtime_by_the_suffix(suffix, package, files, tmp_path):
+    pytest.importorskip(package)
+    assert "largest difference from PyTorch 0.0e+00" in invoke("export", *RELU, "--out", str(tmp_path / f"small{suffix}"))
+    assert {f.name for f in tmp_path.iterdir()} == files
+
+
+def test_a_closed_batch_takes_one_size_only(tmp_path):
+    invoke("export", *RELU, "--no-dynamic-batch", "--out", str(tmp_path / "one.onnx"))
+    program = OnnxRuntime().read(tmp_path / "one.onnx")
+    assert [t.shape for t in program(torch.zeros(1, 4))] == [(1, 4)]
+    with pytest.raises(Exception, match="invalid dimensions"):
+        program(torch.zeros(2, 4))
+
+
+def test_bench_latency_times_what_it_is_given_and_shows_the_curve_of_a_layer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    invoke("decompose", *MODEL, *INPUT, "--rule", "RankFraction(0.1)", "--out", "dense")  # called like the dense network's row
+    quick = ["bench", "latency", *MODEL, *INPUT, "--rounds", "2", "--threads", "1"]
+    backends = ["--backend", "eager", "--backend", "eager"]
+    which = ["--layer", "layer1.0.conv1", "--scheme", "channel"]
+    shown = invoke(*quick, *backends, "--artefact", "dense", *which, "--plot", "curve.svg", "--out", "out.json")
+    assert "layer1.0.conv1 of resnet20, eager, in parts of the dense layer" in " ".join(shown.split())
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {point["scheme"] for point in result["curve"]} == {"channel"}
+    assert all(f"{point['macs']:.2f}" in shown for point in result["curve"])
+    dense, small = result["rows"]
+    assert (dense["network"], small["network"]) == ("dense", "artefact dense")
+    assert small["macs"] < 0.5 * dense["macs"]
+    assert dense["speedup"] == dense["macs_speedup"] == 1
+
+
+def test_bench_latency_predicts_only_what_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    own_clock.use(monkeypatch)
+    load_each = Eager.load_each
+
+    def timed(self, models, x):
+        programs = load_each(self, models, x)
+        return [own_clock.timed(p, rp.count(m, x).params / 1e6) for p, m in zip(programs, models, strict=True)]
+
+    monkeypatch.setattr(Eager, "load_each", timed)
+    rule = "Budget(latency=0.6)"
+    quick = ["bench", "latency", *MODEL, *INPUT, "--rounds", "2", "--backend", "eager", "--threads", "1"]
+    row = next(line for line in invoke(*quick, "--rule", rule).splitlines() if rule in line)
+    assert len(re.findall(r"[\d.]+x", row)) == 3  # faster, predicted, fewer MACs
+    elsewhere = "Budget(latency=0.6, threads=2)"
+    shown = invoke(*quick, "--rule", elsewhere)
+    row = next(line for line in shown.splitlines() if elsewhere in line)
+    assert len(re.findall(r"[\d.]+x", row)) == 2
+    assert "in eager with 2 threads, which is not measured here" in shown
 
 
 def test_train_goes_through_to_an_artefact_and_continues_when_called_again(tmp_path, images):
@@ -127,7 +198,16 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["plan", *MODEL, *INPUT, "--rule", "Energy(keep=2)"], "keep=2"),
         (["plan", *MODEL, *INPUT, "--rule", "print(1)"], "cannot read the rule"),
         (["plan", *MODEL, *INPUT, "--exclude", "nothing*"], "'nothing*' matches no layer"),
-        (["export", *MODEL, *INPUT, "--out", "x.pt"], "ends in .onnx"),
+        (["export", *MODEL, *INPUT, "--out", "x.pt"], "end it in one of .onnx, .xml, .pt2, .pte"),
+        (["export", *RELU, "--out", "x.onnx", "--tolerance=-1"], "differs from the model by"),
+        (["export", *MODEL, *INPUT, "--out", "/no/such/folder/x.onnx"], "No such file"),
+        (["export", *MODEL, "--input", "1,5,32,32", "--out", "x.onnx"], "does not run on --input 1,5,32,32"),
+        (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
+        ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
+        ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),
+        ([*LATENCY, "--layer", "layer9"], "there is no layer 'layer9'"),
+        ([*LATENCY, "--backend", "cuda"], "there is no backend 'cuda'"),
+        ([*LATENCY, "--artefact", "small", "--scheme", "channel"], "--scheme would do nothing"),
         (["evaluate", *MODEL, "--data", "/no/such/folder"], "no 'test' images"),
         (["bench", "run", "/no/such.toml"], "cannot read the experiment"),
     ],
@@ -140,6 +220,15 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, 
     assert stop.value.code == 2
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_error_of_several_lines_is_put_into_one(monkeypatch, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text("def build():\n    raise RuntimeError('one\\n  two')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rankprune", "plan", "--model", "broken:build", *INPUT])
+    with pytest.raises(SystemExit):
+        main()
+    assert "RuntimeError: one two; it is called" in capsys.readouterr().err
 
 
 def test_without_typer_the_command_says_what_to_install():

@@ -41,6 +41,19 @@ def test_an_error_of_one_process_reaches_all() -> None:
 
 
 @needs_gloo
+def test_one_process_measures_latencies_for_all(tmp_path: Path) -> None:
+    run = torchrun(WORKER, "latency", env={**os.environ, "RANKPRUNE_CACHE": str(tmp_path)})
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "process 1 measured 0 times" in run.stdout
+
+
+@needs_gloo
+def test_sharded_weights_go_by_latencies_from_before(tmp_path: Path) -> None:
+    run = torchrun(WORKER, "latency-sharded", env={**os.environ, "RANKPRUNE_CACHE": str(tmp_path)})
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@needs_gloo
 def test_a_process_that_dies_ends_the_run() -> None:
     begin = time.monotonic()
     run = torchrun(WORKER, "die")

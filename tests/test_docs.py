@@ -6,8 +6,10 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from rankprune.cost import Inputs, parameter_count
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+LONG = re.compile(r"\.pt[2e]\b")
+"""In blocks whose files take long to make."""
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 FOREIGN = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
@@ -60,12 +64,41 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime takes times by our clock, as long as there are parameters; a busy machine would change what pages show."""
     load_each = OnnxRuntime.load_each
 
-    def timed(self: OnnxRuntime, models: Sequence[nn.Module], x: Inputs, threads: int | None = None) -> list[Program]:
-        programs = load_each(self, models, x, threads)
+    def timed(self: OnnxRuntime, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
+        programs = load_each(self, models, x)
         return [own_clock.timed(p, parameter_count(m) / 1e6) for p, m in zip(programs, models, strict=True)]
 
     monkeypatch.setattr(OnnxRuntime, "load_each", timed)
     own_clock.use(monkeypatch)
+
+
+def missing(source: str) -> list[str]:
+    """The packages that a block imports and that are not installed."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return [package for package in dict.fromkeys(name.partition(".")[0] for name in names) if find_spec(package) is None]
+
+
+def run(page: Path, *, also_long: bool) -> None:
+    """Run the blocks of a page that can be, and compare what they print with what it shows.
+
+    What the first one imports is needed by all; a later one is left out where a package of its own is missing.
+    """
+    code = blocks(page.read_text())
+    assert code
+    if missing(code[0][0]):
+        pytest.skip(f"could not import {', '.join(missing(code[0][0]))}")
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for source, shown in code:
+        if missing(source) or (LONG.search(source) and not also_long):
+            continue
+        output = io.StringIO()
+        with redirect_stdout(output):
+            exec(compile(source, str(page), "exec"), namespace)
+        if shown is not None and not alike(shown, output.getvalue()):
+            raise AssertionError(f"{page.name} shows\n{shown}\nbut the code above it printed\n{output.getvalue()}")
 
 
 @pytest.mark.usefixtures("steady")
@@ -74,20 +107,27 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_tutorial_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = blocks(page.read_text())
-    assert code
-    for source, _ in code:
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-                pytest.importorskip((name or "").split(".")[0])
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    for source, shown in code:
-        output = io.StringIO()
-        with redirect_stdout(output):
-            exec(compile(source, str(page), "exec"), namespace)
-        if shown is not None and not alike(shown, output.getvalue()):
-            raise AssertionError(f"{page.name} shows\n{shown}\nbut the code above it printed\n{output.getvalue()}")
+    run(page, also_long=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in TUTORIALS if LONG.search(page.read_text())], ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+def test_a_tutorial_runs_with_what_takes_long(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page, also_long=True)
+
+
+def test_a_block_that_needs_what_is_missing_is_left_out(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nimport sys\n```\n\n```python\nimport no_such.module\n```\n\n```python\nprint(1)\n```\n\n```text\n3\n```\n"
+    )
+    with pytest.raises(AssertionError, match=r"page\.md shows"):
+        run(page, also_long=False)
+    page.write_text("```python\nimport no_such\n```\n")
+    with pytest.raises(pytest.skip.Exception, match="no_such"):
+        run(page, also_long=False)
 
 
 def test_outputs_are_compared() -> None:
@@ -107,6 +147,15 @@ def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (rankprune[\w.]*)$", pages, re.MULTILINE)}
     assert set(rp.__all__) - documented == set()
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    defined = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    (table,) = re.findall(r"^\| extra \|.*\n(?:\|.*\n)+", (DOCS / "index.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == defined
+    named = {extra for page in DOCS.rglob("*.md") for extra in re.findall(r"rankprune\[(\w+)\]", page.read_text())}
+    assert named
+    assert named <= defined
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 import own_clock
 import rankprune as rp
-from rankprune import backends
-from rankprune.backends import Backend, Program
+from own_clock import MS_PER_LAYER, MS_PER_PARAMETER
+from rankprune.backends import Program
 from rankprune.comparison import compare, layer_curve
-from rankprune.cost import Inputs, parameter_count
-from rankprune.latency import LatencyTable, Subject, measure_layer, meter, ranks_to_try
+from rankprune.cost import Inputs
+from rankprune.distributed import Team
+from rankprune.latency import LatencyTable, Setting, Subject, measure_layer, meter, ranks_to_try
 from rankprune.latency.cache import LatencyCache
 from rankprune.latency.followers import followers
 from rankprune.planner import Planner
@@ -21,27 +22,11 @@ from rankprune.rules import parse_rule
 from rankprune.schemes import SCHEMES
 from rankprune.spectrum import Spectrum
 
-MS_PER_PARAMETER, MS_PER_LAYER = 4e-4, 0.3
-
-
-class Timeless(Backend):
-    """Takes a time by our clock that is proportional to the parameters, and one more for each layer; computes nothing."""
-
-    name = "timeless"
-    ranks = 8
-
-    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
-        def program(x: Inputs) -> list[Tensor]:
-            return []
-
-        layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
-        return own_clock.timed(program, MS_PER_PARAMETER * parameter_count(model) + MS_PER_LAYER * layers)
-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "timeless": Timeless()})
+    own_clock.add(monkeypatch, own_clock.Timeless())
     own_clock.use(monkeypatch)
     return tmp_path / "cache"
 
@@ -62,6 +47,14 @@ def network() -> tuple[nn.Module, Tensor]:
 
 def budget(fraction: float) -> rp.Budget:
     return rp.Budget(latency=fraction, backend="timeless")
+
+
+def measured(model: nn.Module, x: Tensor, rule: rp.Budget, scheme: str = "auto") -> LatencyTable:
+    """The table that a plan would be made by."""
+    planner = Planner(model, scheme=scheme, rule=rule, example_inputs=x)
+    planner.join(Team.alone())
+    assert planner.latency is not None
+    return planner.latency.known
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
@@ -147,22 +140,24 @@ def test_the_latency_asked_for_is_had() -> None:
     found = {t.network: t.ms for t in compare({"dense": model, "small": small}, x, ["timeless"], rounds=9).timings}
     assert found["dense"] / found["small"] == pytest.approx(1 / 0.6, rel=0.1)
     assert found["small"] == pytest.approx(plan.ms, rel=1e-4)
-    assert "predicted" in str(plan)
+    threads = torch.get_num_threads()
+    told = f"predicted; timeless, {threads} thread{'s' if threads > 1 else ''}, 2 x 3 x 4 x 4)"
+    assert str(plan).splitlines()[-1].endswith(told)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert rp.Plan.from_json(plan.to_json()) == plan
 
 
 def test_what_was_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
-    first = Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x).latency
+    first = measured(model, x, budget(0.7))
     (file,) = folder.iterdir()
     written = json.loads(file.read_text())
     assert written["setting"]["backend"] == "timeless"
     assert {"threads", "dtype", "memory_format", "cpu", "version", "device"} <= written["setting"].keys()
     monkeypatch.setattr(meter, "time_together", None)
-    assert Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x).latency == first
+    assert measured(model, x, budget(0.7)) == first
     with pytest.raises(TypeError):  # another batch is another measurement
-        Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x[:1])
+        measured(model, x[:1], budget(0.7))
 
 
 def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +168,7 @@ def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(folder: Path, monkey
     monkeypatch.setattr(meter, "time_together", noisy)
     model, x = network()
     with pytest.warns(rp.NoisyMeasurementWarning, match=r"vary by more than 20%, the worst by 100%.*Budget\(macs=0.5\)"):
-        Planner(model, scheme="auto", rule=rp.Budget(latency=0.9, backend="timeless"), example_inputs=x)
+        measured(model, x, budget(0.9))
     assert not folder.exists()
 
 
@@ -193,6 +188,94 @@ def test_followers_are_the_modules_that_take_up_the_output() -> None:
     assert tails == {"1": [], "2": [nn.BatchNorm2d, nn.ReLU], "5": [nn.ReLU], "7": []}
 
 
+def test_followers_end_where_two_modules_take_up_one_tensor() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.after = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.left, self.right, self.norm, self.relu = *(nn.BatchNorm2d(4) for _ in range(3)), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            z = self.norm(self.after(self.relu(self.left(y)) + self.right(y)))
+            return torch.relu(z) + self.relu(z.clone()) + nn.functional.silu(self.relu(z))
+
+    model = Forked()
+    layers = {"layer": model.layer, "after": model.after}
+    tails = {n: [type(m) for m in t] for n, t in followers(model, torch.randn(2, 3, 4, 4), layers).items()}
+    assert tails == {"layer": [], "after": [nn.BatchNorm2d, nn.ReLU]}
+
+
+def test_followers_of_a_layer_used_twice_are_those_of_its_first_call() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.first, self.second = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.unused = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.second(self.layer(self.first(self.layer(x)))))
+
+    model = Shared()
+    nn.init.constant_(model.first.weight, 7.0)
+    found = followers(model, torch.randn(2, 4, 4, 4), {"layer": model.layer, "unused": model.unused})
+    assert [type(m) for m in found["layer"]] == [nn.BatchNorm2d]
+    assert found["layer"][0].weight[0] == 7
+    assert found["unused"] == []
+
+
+def test_measuring_leaves_random_numbers_as_they_are(folder: Path) -> None:
+    model, x = network()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    measured(model, x, budget(0.7))
+    assert folder.exists()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("eager", "meta"), ("onnxruntime", "cpu")])
+def test_the_device_is_where_the_program_runs(backend: str, device: str) -> None:
+    assert Setting.of(nn.Linear(2, 2, device="meta"), backend).device == device
+    assert Setting.of(nn.Linear(2, 2), backend, 3) == Setting.of(nn.Linear(2, 2, device="cpu"), backend, 3)
+
+
+def test_threads_that_are_asked_for_are_used_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(own_clock.Timeless):
+        """Sees how many threads there are."""
+
+        def _load(self, model: nn.Module, x: Inputs) -> Program:
+            seen.add(torch.get_num_threads())
+            return super()._load(model, x)
+
+    seen: set[int] = set()
+    own_clock.add(monkeypatch, Counting())
+    model, x = network()
+    before = torch.get_num_threads()
+    table = measured(model, x, rp.Budget(latency=0.7, backend="timeless", threads=before + 2))
+    assert seen == {before + 2}
+    assert table.setting.threads == before + 2
+    assert torch.get_num_threads() == before
+    seen.clear()
+    assert measured(model, x, budget(0.7)).setting.threads == before
+    assert seen == {before}
+
+
+def test_threads_that_a_backend_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(own_clock.Timeless):
+        """Decides on its threads by itself."""
+
+        takes_threads = False
+        threads = 5
+
+    own_clock.add(monkeypatch, Own())
+    model, x = network()
+    for given in (None, 5):
+        assert measured(model, x, rp.Budget(latency=0.7, backend="timeless", threads=given)).setting.threads == 5
+    with pytest.raises(rp.RankPruneError, match="threads=2: timeless decides that by itself, here on 5"):
+        rp.make_plan(model, x, rule=rp.Budget(latency=0.7, backend="timeless", threads=2))
+    assert "threads=2" in compare({"dense": model}, x, ["timeless"], threads=2).failed["timeless"]
+
+
 @pytest.mark.filterwarnings("ignore::rankprune.NoisyMeasurementWarning")
 def test_a_real_backend_from_measuring_to_training() -> None:
     def build() -> nn.Module:
@@ -208,29 +291,19 @@ def test_a_real_backend_from_measuring_to_training() -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    state = trp.state_dict()
     small = trp.finalize()
     torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=1e-4)
     assert trp.plan is not None
     assert trp.plan.ms is not None
     assert trp.plan.ms_dense is not None
     assert trp.plan.ms <= 0.95 * trp.plan.ms_dense
-    again, _ = trainer(build())
-    again._planner.latency = LatencyTable.of({**state["latency"], "network_ns": 1})  # as measured elsewhere
-    again.load_state_dict(state)
-    assert again._planner.latency == trp._planner.latency
 
 
 def test_channels_last_and_bfloat16_are_other_settings(folder: Path) -> None:
     _, x = network()
     for kind in ({}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}):
         made = network()[0].to(**kind)  # type: ignore[call-overload]
-        Planner(
-            made,
-            scheme="channel",
-            rule=rp.Budget(latency=0.99, backend="timeless"),
-            example_inputs=x.to(kind.get("dtype", x.dtype)),
-        )
+        measured(made, x.to(kind.get("dtype", x.dtype)), budget(0.99), "channel")
     settings = [json.loads(file.read_text())["setting"] for file in folder.iterdir()]
     assert {(s["memory_format"], s["dtype"]) for s in settings} == {
         ("contiguous", "float32"),
@@ -303,20 +376,18 @@ def test_attention_and_several_outputs_can_be_measured() -> None:
 
     x = torch.randn(2, 4, 16)
     for name in ("eager", "onnxruntime"):
-        rule = rp.Budget(latency=1.0, backend=name)
-        table = Planner(TwoHeads().eval(), scheme="auto", rule=rule, example_inputs=x).latency
-        assert table is not None
+        table = measured(TwoHeads().eval(), x, rp.Budget(latency=1.0, backend=name))
         assert table.layers.keys() == {"body.layers.0.linear1", "body.layers.0.linear2", "left"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"setting": 1}', "\x80"])
 def test_a_damaged_cache_is_measured_anew(folder: Path, text: str) -> None:
     model, x = network()
-    first = Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x).latency
+    first = measured(model, x, budget(0.7))
     (file,) = folder.iterdir()
     file.write_bytes(text.encode("latin-1"))
     LatencyCache._remembered.clear()
-    assert Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x).latency == first
+    assert measured(model, x, budget(0.7)) == first
     assert json.loads(file.read_text())["measured"]
 
 

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rankprune as rp
+from rankprune.latency import Setting
 
 SCHEMES = ("channel", "spatial", "decoupled", "auto")
 
@@ -221,7 +222,8 @@ def test_a_plan_survives_json(plan: rp.Plan, tmp_path: Path) -> None:
 
 def test_the_json_form_is_fixed(plan: rp.Plan) -> None:
     data = json.loads(plan.to_json())
-    assert list(data) == ["format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted", "ms_dense"]
+    keys = "format layers macs_dense params_dense scheme rule uncounted ms_dense setting input_shapes"
+    assert list(data) == keys.split()
     assert data["format"] == 1
     assert data["rule"] == "Budget(macs=0.5)"
     fields = "name kind shape scheme rank full_rank macs_before macs_after params_before params_after error reason"
@@ -255,6 +257,28 @@ def test_a_printed_plan_shows_every_decision(plan: rp.Plan) -> None:
     assert f"params {plan.params_dense:,} > {plan.params:,}" in text
 
 
+SETTING = Setting("onnxruntime", "1.2", 2, "float32", "contiguous", "cpu", "a processor")
+
+
+def test_a_plan_tells_where_its_milliseconds_are_from(plan: rp.Plan) -> None:
+    timed = replace(plan, ms_dense=26.6, setting=SETTING, input_shapes=((1, 3, 224, 224), (7,)))
+    told = "onnxruntime, 2 threads, 1 x 3 x 224 x 224, 7)"
+    assert str(timed).splitlines()[-1] == f"ms 26.60 > 26.60 (1.00x faster, predicted; {told}"
+    assert rp.Plan.from_json(timed.to_json()) == timed
+    assert json.loads(timed.to_json())["setting"]["cpu"] == "a processor"
+    on_a_gpu = replace(timed, setting=replace(SETTING, backend="eager", threads=1, device="cuda", cpu="an accelerator"))
+    assert "; eager, an accelerator, 1 x 3" in str(on_a_gpu)
+    assert "2 threads" not in str(on_a_gpu)
+    assert "1 thread," in str(replace(timed, setting=replace(SETTING, threads=1)))
+    assert str(plan).splitlines()[-1].startswith("params ")
+
+
+def test_a_plan_from_before_there_was_a_setting_is_read(plan: rp.Plan) -> None:
+    text = edited(replace(plan, ms_dense=3.0).to_json(), lambda d: [d.pop(key) for key in ("setting", "input_shapes")])
+    assert rp.Plan.from_json(text) == replace(plan, ms_dense=3.0)
+    assert str(rp.Plan.from_json(text)).endswith("faster, predicted)")
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +301,8 @@ def edited(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["layers"][0].pop("rank"), "field"),
         (lambda d: d["layers"][0].update(colour="red"), "colour"),
         (lambda d: d["layers"][0].update(shape=3), "int"),
+        (lambda d: d.update(setting={"backend": "eager"}), "threads"),
+        (lambda d: d.update(setting=3), "mapping"),
     ],
 )
 def test_a_foreign_plan_says_what_differs(plan: rp.Plan, edit: Callable, named: str) -> None:

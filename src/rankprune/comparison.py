@@ -10,7 +10,7 @@ from torch import nn
 from rankprune.backends import BACKENDS, backend_named
 from rankprune.backends.timing import spread, time_together
 from rankprune.cost import Inputs, undisturbed
-from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.errors import RankPruneError
 from rankprune.latency import Subject, measure_layer, ranks_to_try
 from rankprune.layers import unwrap
 from rankprune.planner import Planner
@@ -59,11 +59,13 @@ def compare(
         for name in backends:
             backend = backend_named(name)
             try:
-                programs = [backend.load(network, x, threads) for network in networks.values()]
-            except (ExportError, MissingExtraError) as error:
+                with backend.on_threads(threads):
+                    programs = [backend.load(network, x) for network in networks.values()]
+                    found = time_together(programs, backend.placed(x), rounds)
+            except RankPruneError as error:
                 failed[name] = str(error)
                 continue
-            for network, times in zip(networks, time_together(programs, x, rounds), strict=True):
+            for network, times in zip(networks, found, strict=True):
                 timings.append(BackendTiming(network, name, backend.version, median(times), spread(times)))
     return Comparison(tuple(timings), failed)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankprune.errors import CheckpointError
+from rankprune.latency import Setting
 
 FORMAT = 1
 """Version of the JSON form. A reader refuses any other."""
@@ -18,7 +19,7 @@ class LayerPlan:
 
     `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
     bias. `error` is the share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
-    Milliseconds are predicted ones for the backend in the plan's rule, where that goes by latency.
+    Milliseconds are predicted ones, in the plan's setting, where its rule goes by latency.
     """
 
     name: str
@@ -41,8 +42,9 @@ class LayerPlan:
 class Plan:
     """All layers that hold a weight matrix, in the model's order, and the cost of the whole dense model.
 
-    `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here. `ms_dense` is
-    how long the dense model was measured to take, where the rule goes by latency.
+    `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here. Where the rule
+    goes by latency, `ms_dense` is how long the dense model was measured to take, in this `setting` and on inputs of these
+    `input_shapes`.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -52,6 +54,8 @@ class Plan:
     rule: str
     uncounted: tuple[str, ...] = ()
     ms_dense: float | None = None
+    setting: Setting | None = None
+    input_shapes: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def decomposed(self) -> dict[str, LayerPlan]:
@@ -108,7 +112,10 @@ class Plan:
             layers = tuple(_layer(entry) for entry in data.pop("layers"))
             if len({layer.name for layer in layers}) < len(layers):
                 raise KeyError("a layer that is there twice")
-            return cls(layers=layers, **{**data, "uncounted": tuple(data["uncounted"])})
+            setting = data.pop("setting", None)
+            data["uncounted"] = tuple(data["uncounted"])
+            data["input_shapes"] = tuple(map(tuple, data.get("input_shapes", ())))
+            return cls(layers=layers, setting=None if setting is None else Setting(**setting), **data)
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"this plan lacks a field or has an unknown one, or one of a wrong type ({error})") from error
 
@@ -143,12 +150,23 @@ class Plan:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
-        if self.ms is not None and self.ms_dense:
-            lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({self.ms_dense / self.ms:.2f}x faster, predicted)")
         if self.uncounted:
             lines.append(f"MACs not counted: {', '.join(self.uncounted)}")
         lines.append(f"params {self.params_dense:,} > {self.params:,} ({self.params_dense / self.params:.2f}x fewer)")
+        if self.ms is not None and self.ms_dense:
+            where = "" if self.setting is None else f"; {_where(self.setting)}, {_shapes(self.input_shapes)}"
+            lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({self.ms_dense / self.ms:.2f}x faster, predicted{where})")
         return "\n".join(lines)
+
+
+def _where(setting: Setting) -> str:
+    """The backend, and what it runs on."""
+    threads = f"{setting.threads} thread{'s' if setting.threads > 1 else ''}"
+    return f"{setting.backend}, {threads if setting.device == 'cpu' else setting.cpu}"
+
+
+def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
 def _layer(entry: dict[str, Any]) -> LayerPlan:

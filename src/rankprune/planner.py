@@ -1,42 +1,26 @@
-"""From a model to a Plan: select layers, see them as matrices, factor, and let the rule choose."""
+"""From a model to a Plan: factor its layers as matrices, and let the rule choose."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.backends import backend_named
+from rankprune.backends.base import tensors
 from rankprune.budget import Budget
 from rankprune.calibration import whitenings
-from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
+from rankprune.cost import Inputs
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
-from rankprune.latency import LatencyTable, Subject, correct_table, measure_table, ranks_to_try
-from rankprune.layers import Layer, own_weight, select, unwrap
+from rankprune.latency import LatencyTable, NetworkLatency, Variant
+from rankprune.layers import Layer, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
-from rankprune.ranks import Candidate, Choice, Cost, RankRule
-from rankprune.schemes import Scheme, schemes_for
+from rankprune.ranks import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
-
-
-@dataclass(frozen=True)
-class Option:
-    """A layer under one scheme, with the cost of one rank. What does not change while the weights train."""
-
-    layer: Layer
-    scheme: Scheme[Any]
-    unit: Cost
-    dense: Cost
-    full_rank: int
-    input_shapes: tuple[tuple[int, ...], ...] = ()
-
-
-Key = tuple[str, str]
-"""A layer's name and a scheme's."""
+from rankprune.survey import Key, Option, subject, survey
 
 
 @dataclass
@@ -52,7 +36,7 @@ class Factored:
 
 
 class Planner:
-    """Surveys a model once; then plans from its weights as often as asked.
+    """Surveys a model once, times it in `join` where the rule goes by latency, and plans from its weights as often as asked.
 
     Args:
         model: compile and DataParallel wrappers are looked through.
@@ -66,8 +50,8 @@ class Planner:
             layers' outputs on them instead of in their weights; decompose with the same inputs.
 
     Raises:
-        RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, or a
-            rule that counts MACs without example inputs.
+        RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, a rule that
+            needs example inputs and has none, or a budget of MACs or parameters that cannot be met.
     """
 
     def __init__(
@@ -91,49 +75,45 @@ class Planner:
             raise RankPruneError(f"{rule!r} {what}: give example inputs, one batch as the model is called with")
         self.model = unwrap(model)
         self.scheme, self.rule, self.round_to = scheme, rule, round_to
-        counted = None if example_inputs is None else count(self.model, example_inputs)
-        costs = {row.name: row for row in counted.layers} if counted else {}
-        calls = {name: row.obstacle for name, row in costs.items() if row.calls} if counted else None
-        selection = select(self.model, include, exclude, calls)
-        self._uncounted = counted.uncounted if counted else ()
-        self._cost = Cost(counted.macs if counted else None, parameter_count(self.model))
-        self._static: dict[str, LayerPlan] = {}
-        self.options: dict[str, list[Option]] = {}
-        for layer in selection.layers:
-            schemes, reason = schemes_for(scheme, layer.module)
-            row = costs.get(layer.name)
-            if schemes:
-                self.options[layer.name] = [_option(layer, s, row) for s in schemes]
-            self._static[layer.name] = _entry(layer.name, layer.module, row, reason)
-        for skip in selection.skipped:
-            self._static[skip.name] = _entry(skip.name, skip.module, costs.get(skip.name), skip.reason)
-        if not self.options:
-            why = "; ".join(f"{e.name}: {e.reason}" for e in list(self._static.values())[:4])
-            raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")
-        self.latency: LatencyTable | None = None
+        self.survey = survey(self.model, scheme, example_inputs, include, exclude)
+        self.options = self.survey.options
+        self._flat = {o.key: o for options in self.options.values() for o in options}
+        self.latency: NetworkLatency | None = None
         if rule.metric == "latency":
             if not isinstance(rule, Budget) or example_inputs is None:
                 raise RankPruneError(f"{rule!r} goes by latency but names no backend; derive the rule from Budget")
             tries = backend_named(rule.backend).ranks
-            self._subjects = {name: _subject(options, tries, round_to) for name, options in self.options.items()}
-            self._example_inputs = example_inputs
-            self.latency = measure_table(self.model, example_inputs, self._subjects, rule.backend, rule.threads)
-        flat = self._flat()
-        flat_spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in flat.items()}
-        self._choose(flat_spectra, rule)  # raises if the rule cannot be met, whatever the spectra
-        self.correct_latency(flat_spectra)
-        self._choose(flat_spectra, rule)  # also with the corrected times
-        self.join(Team.alone())
-        layers = {key: (o.layer.module, o.scheme) for key, o in flat.items()}
+            subjects = {name: subject(options, tries, round_to) for name, options in self.options.items()}
+            self.latency = NetworkLatency(self.model, example_inputs, subjects, rule.backend, rule.threads)
+        else:
+            self._choose_flat()
+        self._share_out(Team.alone())
+        self._input_shapes = tuple(tuple(t.shape) for t in tensors(example_inputs))
+        layers = {key: (o.layer.module, o.scheme) for key, o in self._flat.items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
 
     def join(self, team: Team) -> None:
-        """From now on share the factorisations with the other processes of a team; all must then call the same methods."""
+        """From now on share the factorisations with the other processes of a team; all must then call the same methods.
+
+        Where the rule goes by latency, the network is timed now, unless its times were loaded: by the first process, while the
+        others wait for it. That can take minutes, so the team's time-out must be longer than that.
+
+        Raises:
+            RankPruneError: if latency cannot be measured here, or the budget in it cannot be met.
+        """
+        self._share_out(team)
+        if self.latency is not None:
+            self.latency.measure(team, self._choose_flat)
+            self._choose_flat()  # also with the times that were loaded, or corrected
+
+    def _share_out(self, team: Team) -> None:
         self.team = team
-        if self.latency is not None:  # each process measured, and their tables differ
-            table = self.latency
-            self.latency = team.share(lambda: {"latency": table} if team.rank == 0 else {})["latency"]
         self.owner = team.owners({name: sum(map(_effort, options)) for name, options in self.options.items()})
+
+    def _choose_flat(self, table: LatencyTable | None = None) -> Variant:
+        """What the rule chooses where all singular values are equal. Raises if it cannot be met, whatever the spectra."""
+        spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in self._flat.items()}
+        return _variant(self._choose(spectra, self.rule, table)[1])
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -148,7 +128,7 @@ class Planner:
             starts: leading vectors known from a little earlier, as linalg.bases takes them; other layers get their whole basis.
         """
         factored = Factored()
-        self._factor_into(factored, self._flat() if keys is None else keys, starts)
+        self._factor_into(factored, self._flat if keys is None else keys, starts)
         return factored
 
     def _factor_into(self, factored: Factored, keys: Iterable[Key], starts: Mapping[Key, Tensor] | None = None) -> None:
@@ -171,46 +151,54 @@ class Planner:
         factored.stacks |= stacks
         factored.spectra |= self.team.share(spectra)
 
-    def _flat(self) -> dict[Key, Option]:
-        return {(o.layer.name, o.scheme.name): o for options in self.options.values() for o in options}
-
     def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:
         """Let the rule (or another one in its place) choose for the present weights.
 
         Where it asks for more than is known of a layer, the whole layer is factored, into `factored`, and the rule asked again.
         """
+        candidates, choices = self._settle(factored, rule or self.rule)
+        decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
+        entries = tuple(decided.get(name, entry) for name, entry in self.survey.dense.items())
+        whole, table = self.survey.cost, None if self.latency is None else self.latency.known
+        return Plan(
+            layers=entries,
+            macs_dense=whole.macs,
+            params_dense=whole.params,
+            scheme=self.scheme,
+            rule=repr(self.rule),
+            uncounted=self.survey.uncounted,
+            ms_dense=None if table is None else table.network_ns / 1e6,
+            setting=None if table is None else table.setting,
+            input_shapes=() if table is None else self._input_shapes,
+        )
+
+    def correct_latency(self, factored: Factored) -> None:
+        """Where the rule goes by latency, time the network as it would be decomposed now, and set its times right by that."""
+        if self.latency is not None:
+            self.latency.correct(self.team, _variant(self._settle(factored, self.rule)[1]))
+
+    def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
+        """_choose, with as much factored as the choice needs."""
         while True:
-            candidates, choices = self._choose(factored.spectra, rule or self.rule)
-            chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
+            candidates, choices = self._choose(factored.spectra, rule)
+            chosen = {(name, scheme): rank for name, (scheme, rank) in _variant(choices).items()}
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
-                break
+                return candidates, choices
             self._factor_into(factored, short)
-        decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
-        order = [name for name, _ in self.model.named_modules() if name in self._static]
-        entries = tuple(decided.get(name, self._static[name]) for name in order)
-        ms = None if self.latency is None else self.latency.network_ns / 1e6
-        return Plan(entries, self._cost.macs, self._cost.params, self.scheme, repr(self.rule), self._uncounted, ms)
 
-    def _choose(self, spectra: Mapping[Key, Spectrum], rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
-        """The candidates of every layer, and what the rule says of them."""
-        candidates = {name: [self._candidate(o, spectra) for o in options] for name, options in self.options.items()}
-        network = self._cost if self.latency is None else replace(self._cost, ns=self.latency.network_ns)
+    def _choose(
+        self, spectra: Mapping[Key, Spectrum], rule: RankRule, table: LatencyTable | None = None
+    ) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
+        """The candidates of every layer, and what the rule says of them, at these times or those that are known."""
+        if table is None and self.latency is not None:
+            table = self.latency.known
+        candidates = {
+            name: [_candidate(o, spectra[o.key], self.round_to, table) for o in options]
+            for name, options in self.options.items()
+        }
+        network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
         return candidates, rule.choose(candidates, network)
-
-    def _candidate(self, option: Option, spectra: Mapping[Key, Spectrum]) -> Candidate:
-        name, scheme, dense, pair_ns = option.layer.name, option.scheme.name, option.dense, None
-        if self.latency is not None:
-            times = self.latency.layers[name]
-            dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(scheme, {})
-        return Candidate(scheme, spectra[name, scheme], option.unit, dense, self.round_to, pair_ns)
-
-    def correct_latency(self, spectra: Mapping[Key, Spectrum]) -> None:
-        """Time the network as the rule would decompose it at these spectra, and set the table right by that."""
-        if self.latency is not None:
-            _, choices = self._choose(spectra, self.rule)
-            variant = {name: (c.scheme, c.rank) for name, c in choices.items() if c.scheme and c.rank}
-            self.latency = correct_table(self.latency, self.model, self._example_inputs, self._subjects, variant)
 
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
@@ -226,7 +214,7 @@ class Planner:
         return starts
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
-        static = self._static[name]
+        static = self.survey.dense[name]
         if choice.scheme is None or choice.rank is None:
             return replace(static, reason=choice.reason)
         chosen = next(c for c in candidates if c.scheme == choice.scheme)
@@ -257,7 +245,7 @@ def make_plan(
 ) -> Plan:
     """Decide, from the weights as they are, which layers to decompose and at which rank. The model is left as it was.
 
-    Arguments and errors are those of Planner.
+    Arguments and errors are those of Planner and its join().
 
     >>> from rankprune.ranks import RankFraction
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -274,8 +262,9 @@ def make_plan(
         round_to=round_to,
         calibration=calibration,
     )
+    planner.join(Team.alone())
     factored = planner.factor()
-    planner.correct_latency(factored.spectra)
+    planner.correct_latency(factored)
     return planner.plan(factored)
 
 
@@ -285,40 +274,13 @@ def _effort(option: Option) -> float:
     return weight.numel() * option.full_rank
 
 
-def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
-    pair = scheme.empty_pair(layer.module, 1).to("meta")
-    unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.get_parameter("weight").numel() for half in pair))
-    weight = layer.module.get_parameter("weight")
-    matrices = scheme.to_matrices(layer.module, torch.empty_like(weight, device="meta"))
-    dense = Cost(row.macs if row else None, weight.numel())
-    return Option(layer, scheme, unit, dense, min(matrices.shape[1:]), row.input_shapes if row else ())
+def _candidate(option: Option, spectrum: Spectrum, round_to: int, table: LatencyTable | None) -> Candidate:
+    dense, pair_ns = option.dense, None
+    if table is not None:
+        times = table.layers[option.layer.name]
+        dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(option.scheme.name, {})
+    return Candidate(option.scheme.name, spectrum, option.unit, dense, round_to, pair_ns)
 
 
-def _subject(options: Sequence[Option], count: int, round_to: int) -> Subject:
-    """A layer to be timed, at about `count` ranks of each scheme that save MACs."""
-    ranks = {}
-    for o in options:
-        affordable = (o.dense.of("macs") - 1) // max(o.unit.of("macs"), 1)
-        ranks[o.scheme] = ranks_to_try(min(o.full_rank, affordable), count, round_to)
-    return Subject(options[0].layer.module, options[0].input_shapes, ranks)
-
-
-def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:
-    """The plan's entry of a module that stays as it is."""
-    weight = own_weight(module)
-    params = parameter_count(module, recurse=False)
-    macs = row.macs if row else None
-    return LayerPlan(
-        name=name,
-        kind=type(module).__name__,
-        shape=() if weight is None or isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape),
-        scheme=None,
-        rank=None,
-        full_rank=None,
-        macs_before=macs,
-        macs_after=macs,
-        params_before=params,
-        params_after=params,
-        error=0.0,
-        reason=reason,
-    )
+def _variant(choices: Mapping[str, Choice]) -> Variant:
+    return {name: (c.scheme, c.rank) for name, c in choices.items() if c.scheme and c.rank}

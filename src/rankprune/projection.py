@@ -11,8 +11,9 @@ from rankprune.errors import RankPruneError
 from rankprune.layers import own_weight, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import Plan
-from rankprune.planner import Factored, Option, Planner
+from rankprune.planner import Factored, Planner
 from rankprune.schemes import SCHEMES
+from rankprune.survey import Option
 
 
 def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 from weakref import WeakSet
@@ -14,13 +15,14 @@ from rankprune.cost import Inputs
 from rankprune.decompose import decompose
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import RankPruneError
-from rankprune.latency import LatencyTable
 from rankprune.layers import unwrap
+from rankprune.optimizer_step import add_to_gradients, after_closure, has_closure, overflowed
 from rankprune.plan import Plan
-from rankprune.planner import Key, Planner
+from rankprune.planner import Factored, Planner
 from rankprune.projection import project_factored, project_with_subgradients
 from rankprune.ranks import RankRule
 from rankprune.stopwatch import Stopwatch
+from rankprune.survey import Key
 
 _ATTACHED: WeakSet[Optimizer] = WeakSet()
 
@@ -54,7 +56,7 @@ class TRP:
         history: for every projection the step it followed and the rank of each layer it decomposed.
 
     Raises:
-        RankPruneError: for values out of range and whatever make_plan raises.
+        RankPruneError: for values out of range and whatever make_plan raises, but for what concerns latencies: attach() times.
     """
 
     def __init__(
@@ -119,9 +121,14 @@ class TRP:
     def attach(self, optimizer: Optimizer) -> "TRP":
         """Hook into `optimizer` and return self.
 
+        Where the rule goes by latency, the network is timed now, unless a state with its times was loaded. With several
+        processes the first one does that while the others wait, so the time-out of their group must be longer than it takes.
+
         Raises:
-            RankPruneError: if `optimizer` is none, if already attached, if another TRP is attached to this optimizer, or if the
-                optimizer does not hold the weights of the layers to be decomposed.
+            RankPruneError: if `optimizer` is none, if already attached, if another TRP is attached to this optimizer, if the
+                optimizer does not hold the weights of the layers to be decomposed, or if a budget of latency cannot be met.
+                Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
+            MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
         """
         if not isinstance(optimizer, Optimizer):
             raise RankPruneError(
@@ -162,42 +169,27 @@ class TRP:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _overflowed(optimizer):
+        if overflowed(optimizer):
             return None
+
+        def add() -> None:
+            with self._stopwatch.running():
+                layers = self._planner.layers
+                terms = {layers[n].module.get_parameter("weight"): term for n, term in self._subgradients.items()}
+                add_to_gradients(optimizer, terms, self.nuclear)
+
         with self._stopwatch.running():
             if self.nuclear and self.nuclear_cadence == "step" and not self._subgradients:  # before the first projection
                 self._subgradients = project_with_subgradients(self._planner, None, self._planner.factor())
-            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-            if closure is None:
-                self._add_subgradients(optimizer)
-        if closure is None or not self._subgradients:
+        if not self._subgradients:
             return None
-
-        # With a closure the gradients come into being inside the step, so the term is added there.
-        def with_nuclear_term() -> Any:
-            loss = closure()
-            with self._stopwatch.running():
-                self._add_subgradients(optimizer)
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": with_nuclear_term}
-        return (optimizer, with_nuclear_term, *args[2:]), kwargs
-
-    @torch.no_grad()
-    def _add_subgradients(self, optimizer: Optimizer) -> None:
-        # A GradScaler leaves the gradients of fused optimizers scaled, and tells the scale here.
-        scale = getattr(optimizer, "grad_scale", None)
-        ascending = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
-        for name, subgradient in self._subgradients.items():
-            weight = self._planner.layers[name].module.get_parameter("weight")
-            if weight.grad is not None:
-                term = subgradient.to(weight.grad.dtype)
-                strength = -self.nuclear if id(weight) in ascending else self.nuclear
-                weight.grad.add_(term if scale is None else term * scale.to(term.device), alpha=strength)
+        if has_closure(args, kwargs):
+            return after_closure(args, kwargs, add)
+        add()
+        return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _overflowed(optimizer):
+        if overflowed(optimizer):
             return
         self.steps += 1
         if self.nuclear_cadence == "projection":
@@ -211,17 +203,27 @@ class TRP:
     def project(self) -> Plan:
         """Choose ranks and project the weights now, whatever the step; returns the plan, also kept in `plan`.
 
+        Where the rule goes by latency, the first projection at the full rule times the network once more, as it would be
+        decomposed now, and chooses by that.
+
         Raises:
             FactorizationError: naming the layer, if a weight is not finite.
+
+        Warns:
+            UserWarning: if a budget of latency cannot be met by those times; ranks are then chosen by the earlier ones.
         """
         planner = self._planner
         frozen = self.freeze is not None and self.steps >= self.freeze and not self._annealed
+        if planner.latency is not None and planner.latency.table is None:
+            planner.join(planner.team)  # not attached
         if self.plan is not None and frozen:
             planned = [(name, entry.scheme or "") for name, entry in self.plan.decomposed.items()]
             factored = planner.factor(self._starts, None if self.nuclear else planned)
         else:
             rule = self._rule()
             factored = planner.factor(self._starts)
+            if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
+                self._correct_latency(factored)
             self.plan = planner.plan(factored, rule)
             self._annealed = rule is not planner.rule
         if self.nuclear:
@@ -232,6 +234,18 @@ class TRP:
         self._projected_at = self.steps
         self.history.append((self.steps, self.plan.ranks))
         return self.plan
+
+    def _correct_latency(self, factored: Factored) -> None:
+        latency = self._planner.latency
+        if latency is None:
+            return
+        table = latency.table
+        self._planner.correct_latency(factored)
+        try:
+            self._planner.plan(factored)
+        except RankPruneError as error:  # no reason to give a training up
+            latency.table = table
+            warnings.warn(f"{error}. That is by times measured in training; ranks go by the earlier ones", stacklevel=2)
 
     def _device(self) -> torch.device:
         return next(iter(self._planner.layers.values())).module.get_parameter("weight").device
@@ -251,6 +265,8 @@ class TRP:
         if self.plan is not None:
             if self.plan.macs is not None and self.plan.macs_dense:
                 found["rankprune/macs"] = self.plan.macs / self.plan.macs_dense
+            if self.plan.ms is not None and self.plan.ms_dense:
+                found["rankprune/ms"] = self.plan.ms / self.plan.ms_dense
             found["rankprune/params"] = self.plan.params / self.plan.params_dense
             found |= {f"rankprune/rank/{name}": float(rank) for name, rank in self.plan.ranks.items()}
         return found
@@ -289,6 +305,7 @@ class TRP:
 
         It holds what is whole on this process: with several, any of them may save it, and what is left out is computed anew.
         """
+        table = None if self._planner.latency is None else self._planner.latency.table
         return {
             "steps": self.steps,
             "layers": self._shapes(),
@@ -297,7 +314,7 @@ class TRP:
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [(step, dict(ranks)) for step, ranks in self.history],
-            "latency": None if self._planner.latency is None else asdict(self._planner.latency),
+            "latency": None if table is None else asdict(table),
             "subgradients": {name: term.clone() for name, term in self._subgradients.items() if not is_sharded(term)},
             "starts": self._starts if self._planner.team.size == 1 else {},
         }
@@ -316,8 +333,10 @@ class TRP:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict(), bit for bit; the model's and the optimizer's states are loaded before.
 
+        Load it before attach() where the rule goes by latency: then nothing is timed again.
+
         Raises:
-            RankPruneError: if the state is of another model.
+            RankPruneError: if the state is of another model, or holds latencies of another backend, dtype or number of threads.
         """
         here, there = self._shapes(), state.get("layers", {})
         if state.get("scheme", self._planner.scheme) != self._planner.scheme:
@@ -327,16 +346,12 @@ class TRP:
             raise RankPruneError(
                 f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
             )
+        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
+            self._planner.latency.load(state["latency"])
         self.steps = state["steps"]
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
-        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
-            table, mine = LatencyTable.of(state["latency"]), self._planner.latency.setting
-            there = table.setting
-            if (there.backend, there.threads, there.dtype) != (mine.backend, mine.threads, mine.dtype):
-                raise RankPruneError(f"this state goes by times measured as {there}, not as {mine}; give the same rule")
-            self._planner.latency = table
         self._subgradients = {
             name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
             for name, term in state["subgradients"].items()
@@ -345,9 +360,3 @@ class TRP:
             (name, scheme): start.to(self._planner.layers[name].module.get_parameter("weight").device)
             for (name, scheme), start in state["starts"].items()
         }
-
-
-def _overflowed(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler told a fused optimizer to skip this step."""
-    found: Callable[[], float] | Tensor | None = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())

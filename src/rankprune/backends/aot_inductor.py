@@ -10,13 +10,16 @@ from rankprune.cost import Inputs, call
 
 
 class AotInductor(FileBackend):
-    """torch.export and AOTInductor."""
+    """torch.export and AOTInductor.
+
+    A file runs where the model was when it was written, on as many threads as torch had then.
+    """
 
     name = "aot_inductor"
     suffix = ".pt2"
     ranks = 6
 
-    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs = arguments(x)
         shapes = None
         if dynamic_batch:
@@ -24,7 +27,7 @@ class AotInductor(FileBackend):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
-    def read(self, path: Path, threads: int | None = None) -> Program:
+    def read(self, path: Path) -> Program:
         model = torch._inductor.aoti_load_package(str(path))
 
         def program(x: Inputs) -> list[torch.Tensor]:

@@ -3,7 +3,8 @@
 import importlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.cost import Inputs
-from rankprune.errors import ExportError, MissingExtraError
+from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.replacement import with_pairs
 
 Program = Callable[[Inputs], list[Tensor]]
 """Runs a model: inputs as the model is called with -> all tensors in its output, in order."""
@@ -26,12 +28,16 @@ class Backend(ABC):
         package: the package whose version matters, and which must be there.
         extra: the extra of rankprune that installs it; empty if torch brings it.
         ranks: how many ranks of a layer to try where latency is measured; fewer where a program takes long to make.
+        cpu_only: whether its programs run on the CPU wherever the model is; others run where the model is.
+        takes_threads: whether it lets us say how many threads to use.
     """
 
     name: ClassVar[str]
     package: ClassVar[str] = "torch"
     extra: ClassVar[str] = ""
     ranks: ClassVar[int] = 12
+    cpu_only: ClassVar[bool] = False
+    takes_threads: ClassVar[bool] = True
 
     @property
     def installed(self) -> bool:
@@ -54,33 +60,70 @@ class Backend(ABC):
         except ImportError as error:
             raise MissingExtraError(self.package, self.extra) from error
 
-    def load(self, model: nn.Module, x: Inputs, threads: int | None = None) -> Program:
-        """The model, in eval mode, as a program for inputs of exactly the shapes of `x`.
+    @property
+    def threads(self) -> int:
+        """How many threads its programs use that are loaded and run now."""
+        return torch.get_num_threads()
 
-        Args:
-            threads: how many it may use, where the backend lets us say so; None means torch.get_num_threads().
+    @contextmanager
+    def on_threads(self, count: int | None) -> Iterator[None]:
+        """Within, programs are loaded for so many threads, and run on so many; None leaves it at torch.get_num_threads().
+
+        Raises:
+            MissingExtraError: if the backend is not installed.
+            RankPruneError: if it does not let us say so, and uses another number.
+        """
+        self.require()
+        if count is not None and not self.takes_threads and count != self.threads:
+            raise RankPruneError(
+                f"threads={count}: {self.name} decides that by itself, here on {self.threads}; leave threads= out for it"
+            )
+        before = torch.get_num_threads()
+        if count is not None:
+            torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def placed(self, x: Any) -> Any:
+        """Inputs where its programs take them: on the CPU, if they run nowhere else."""
+        if not self.cpu_only:
+            return x
+        if isinstance(x, Tensor):
+            return x.cpu()
+        if isinstance(x, Mapping):
+            return {key: self.placed(value) for key, value in x.items()}
+        return type(x)(map(self.placed, x)) if type(x) in (tuple, list) else x
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
+        return with_pairs(model, {}, {}).cpu() if self.cpu_only and elsewhere else model
+
+    def load(self, model: nn.Module, x: Inputs) -> Program:
+        """The model, in eval mode, as a program for inputs of exactly the shapes of `x`, where placed() puts them.
 
         Raises:
             MissingExtraError: if the backend is not installed.
             ExportError: if it cannot take the model.
         """
-        return self.load_each([model], x, threads)[0]
+        return self.load_each([model], x)[0]
 
-    def load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None = None) -> list[Program]:
+    def load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """load() for several models that are called alike; some backends are quicker at many."""
         self.require()
         try:
-            return self._load_each(models, x, threads)
+            return self._load_each([self._placed(model) for model in models], self.placed(x))
         except ExportError:
             raise
         except Exception as error:
             raise refused(models[0], self.name, error) from error
 
-    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
-        return [self._load(model, x, threads) for model in models]
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
+        return [self._load(model, x) for model in models]
 
     @abstractmethod
-    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program: ...
+    def _load(self, model: nn.Module, x: Inputs) -> Program: ...
 
 
 class FileBackend(Backend):
@@ -93,23 +136,26 @@ class FileBackend(Backend):
     suffix: ClassVar[str]
     opens_batch: ClassVar[bool] = True
 
-    @abstractmethod
     def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         """Write the model, in eval mode.
 
         Args:
             dynamic_batch: leave the first axis of every input tensor open.
         """
+        self._write(self._placed(model), self.placed(x), path, dynamic_batch)
 
     @abstractmethod
-    def read(self, path: Path, threads: int | None = None) -> Program:
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None: ...
+
+    @abstractmethod
+    def read(self, path: Path) -> Program:
         """The program in a file."""
 
-    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files open that are mapped
             path = Path(folder) / f"model{self.suffix}"
             self.write(model, x, path, dynamic_batch=False)
-            return self.read(path, threads)
+            return self.read(path)
 
 
 def refused(model: nn.Module, backend: str, error: Exception) -> ExportError:

@@ -12,7 +12,10 @@ from rankprune.errors import ExportError
 
 
 class ExecuTorch(FileBackend):
-    """ExecuTorch, lowered to XNNPACK, for one batch size."""
+    """ExecuTorch, lowered to XNNPACK, for one batch size.
+
+    It has one pool of threads for all programs, and a change of their number breaks those that are loaded.
+    """
 
     name = "executorch"
     package = "executorch"
@@ -20,8 +23,22 @@ class ExecuTorch(FileBackend):
     suffix = ".pte"
     opens_batch = False
     ranks = 6
+    cpu_only = True
+    takes_threads = False
 
-    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+    @property
+    def version(self) -> str:
+        from executorch.version import __version__  # pyright: ignore[reportMissingImports]
+
+        return __version__
+
+    @property
+    def threads(self) -> int:
+        from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
+
+        return portable_lib._threadpool_get_thread_count()
+
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
         from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
@@ -32,7 +49,7 @@ class ExecuTorch(FileBackend):
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
 
-    def read(self, path: Path, threads: int | None = None) -> Program:
+    def read(self, path: Path) -> Program:
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         data = path.read_bytes()

@@ -24,6 +24,7 @@ class OnnxRuntime(FileBackend):
     package = "onnxruntime"
     extra = "onnx"
     suffix = ".onnx"
+    cpu_only = True
 
     def require(self) -> None:
         super().require()
@@ -32,7 +33,7 @@ class OnnxRuntime(FileBackend):
         except ImportError as error:
             raise MissingExtraError("onnxscript", self.extra) from error
 
-    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs = arguments(x)
         shapes = None
         if dynamic_batch:
@@ -51,13 +52,13 @@ class OnnxRuntime(FileBackend):
                 verbose=False,
             )
 
-    def read(self, path: Path, threads: int | None = None) -> Program:
-        return _program(str(path), threads)
+    def read(self, path: Path) -> Program:
+        return _program(str(path))
 
-    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """One export for all, cut apart: most of an export's time does not depend on the model's size."""
         if len(models) < 2:
-            return super()._load_each(models, x, threads)
+            return super()._load_each(models, x)
         import onnx.utils
 
         args, kwargs = arguments(x)
@@ -74,7 +75,7 @@ class OnnxRuntime(FileBackend):
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
         ends = list(accumulate(outputs))
         parts = [cut.extract_model(inputs, results[end - n : end]) for end, n in zip(ends, outputs, strict=True)]
-        return [_program(part.SerializeToString(), threads) for part in parts]
+        return [_program(part.SerializeToString()) for part in parts]
 
 
 class _SideBySide(nn.Module):
@@ -86,11 +87,11 @@ class _SideBySide(nn.Module):
         return tuple(tensor for model in self.models for tensor in tensors(model(*args, **kwargs)))
 
 
-def _program(source: str | bytes, threads: int | None) -> Program:
+def _program(source: str | bytes) -> Program:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions would be in the way
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -17,8 +17,9 @@ class OpenVino(FileBackend):
     package = "openvino"
     extra = "openvino"
     suffix = ".xml"
+    cpu_only = True
 
-    def write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         import openvino
 
         args, kwargs = arguments(x)
@@ -30,10 +31,10 @@ class OpenVino(FileBackend):
             converted = openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
         openvino.save_model(converted, path, compress_to_fp16=False)
 
-    def read(self, path: Path, threads: int | None = None) -> Program:
+    def read(self, path: Path) -> Program:
         import openvino
 
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = openvino.compile_model(path, "CPU", settings)
         request = compiled.create_infer_request()
 

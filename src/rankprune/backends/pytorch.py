@@ -1,7 +1,6 @@
 """PyTorch itself, as it is and compiled."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ class Eager(Backend):
 
     name = "eager"
 
-    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
-        return _program(model, model, x, threads)
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
+        return _program(model, model, x)
 
 
 class Compiled(Backend):
@@ -25,36 +24,23 @@ class Compiled(Backend):
     name = "compile"
     ranks = 6
 
-    def _load(self, model: nn.Module, x: Inputs, threads: int | None) -> Program:
-        return _program(model, torch.compile(model, dynamic=False), x, threads)
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
+        return _program(model, torch.compile(model, dynamic=False), x)
 
-    def _load_each(self, models: Sequence[nn.Module], x: Inputs, threads: int | None) -> list[Program]:
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """Without the limit of programs for the same code, beyond which torch.compile runs a model as it is."""
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         torch._dynamo.reset()
         with torch._dynamo.config.patch({limit: len(models) + 8}):  # type: ignore[attr-defined]
-            return super()._load_each(models, x, threads)
+            return super()._load_each(models, x)
 
 
-def _program(model: nn.Module, run: Callable, x: Inputs, threads: int | None) -> Program:
+def _program(model: nn.Module, run: Callable, x: Inputs) -> Program:
     def program(x: Inputs) -> list[torch.Tensor]:
-        with _threads(threads), torch.inference_mode():
+        with torch.inference_mode():
             return tensors(call(run, x))
 
-    with undisturbed(model), _threads(threads):
+    with undisturbed(model):
         call(model, x)  # what the model caches at its first call must not be made in inference mode
     program(x)
     return program
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

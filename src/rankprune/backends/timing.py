@@ -21,6 +21,7 @@ def time_together(programs: Sequence[Program], x: Inputs, rounds: int = 15) -> l
     repeats = []
     for program in programs:
         program(x)  # the warm-up
+        synchronize()
         begin = time.perf_counter()
         program(x)
         synchronize()

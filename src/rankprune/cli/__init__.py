@@ -16,5 +16,5 @@ def main() -> None:
     try:
         app()
     except (RankPruneError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

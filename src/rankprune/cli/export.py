@@ -5,27 +5,30 @@ from typing import Annotated
 
 import typer
 
-from rankprune.checkpoint import load_plan
 from rankprune.cli.console import say
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
 from rankprune.cli.target import build_model, example_input
-from rankprune.errors import RankPruneError
-from rankprune.export import export_onnx
+from rankprune.export import export as export_model
 
 
 def export(
     model: ModelSpec,
     input: InputShape,
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The file to write: .onnx, .xml (OpenVINO), .pt2 (AOTInductor) or .pte (ExecuTorch with XNNPACK)."),
+    ],
     checkpoint: Checkpoint = None,
     artefact: Artefact = None,
-    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch size open.")] = True,
+    dynamic_batch: Annotated[
+        bool | None, typer.Option(help="Leave the batch size open, or not.", show_default="open, but for .pte")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference from PyTorch that passes, in parts of the largest output.")
+    ] = 1e-4,
 ) -> None:
-    """Export a dense or decomposed model to ONNX and check that it computes the same."""
-    if out.suffix != ".onnx":
-        raise RankPruneError(f"--out {str(out)!r}: give a file that ends in .onnx")
+    """Export a dense or decomposed model for another runtime, run the file there, and check that it computes the same."""
     network = build_model(model, checkpoint, artefact)
-    difference = export_onnx(network, example_input(input, network), out, dynamic_batch=dynamic_batch)
-    say(f"{out}  ({out.stat().st_size:,} bytes, largest difference from PyTorch {difference:.1e})")
-    if artefact is not None:
-        say(f"{len(load_plan(artefact).decomposed)} layers decomposed")
+    x = example_input(input, network)
+    difference = export_model(network, x, out, dynamic_batch=dynamic_batch, tolerance=tolerance)
+    say(f"{out}  (largest difference from PyTorch {difference:.1e} of the largest output)")

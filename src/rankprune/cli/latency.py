@@ -1,22 +1,24 @@
 """rankprune bench latency."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from rankprune.backends import BACKENDS
+from rankprune.backends import BACKENDS, backend_named
 from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
-from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, SchemeName
+from rankprune.cli.options import Checkpoint, InputShape, ModelSpec, SchemeName, refuse
 from rankprune.cli.target import build_model, example_input
-from rankprune.comparison import compare, installed_backends, layer_curve
+from rankprune.comparison import CurvePoint, compare, installed_backends, layer_curve
 from rankprune.cost import count
 from rankprune.decompose import decompose
+from rankprune.errors import RankPruneError
 from rankprune.latency.cache import NOISY
 from rankprune.planner import make_plan
+from rankprune.ranks import RankRule
 from rankprune.recipes.runner import provenance, write
 from rankprune.report.plots import plot_layer
 from rankprune.rules import parse_rule
@@ -25,37 +27,68 @@ DENSE = "dense"
 
 
 def bench_latency(
+    context: typer.Context,
     model: ModelSpec,
     input: InputShape,
     checkpoint: Checkpoint = None,
-    artefact: Artefact = None,
-    rule: Annotated[list[str] | None, typer.Option(help="Decompose by this rank rule; repeatable.")] = None,
+    artefact: Annotated[Path | None, typer.Option(help="Folder of a decomposed model, to time as well.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Decompose the dense model by this rank rule; repeatable.",
+            show_default="Budget(macs=0.5), or none with --artefact",
+        ),
+    ] = None,
     scheme: SchemeName = "auto",
-    backend: Annotated[list[str] | None, typer.Option(help="Backend to measure on, repeatable; default all installed.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads; default as many as torch uses.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often to time each network.")] = 25,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Backend to measure on, repeatable: {', '.join(BACKENDS)}.", show_default="all installed"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads to run on, also for rules that name no number.", show_default="as torch"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="How often to time each network on each backend.")] = 25,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Also time this layer over its ranks, on the first backend.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the layer's curve into this .png or .svg.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Also time this layer, by its name in the plan, over its ranks, on the first backend.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve of --layer into this .png or .svg.")] = None,
 ) -> None:
-    """Time a network dense and decomposed, on every installed backend, and set it beside the MACs."""
+    """Time a network dense and decomposed, on every installed backend, and set it beside the MACs.
+
+    Times are medians in milliseconds for one call on the input; spread is (third - first quartile) / median.
+    """
+    if plot is not None and layer is None:
+        raise RankPruneError(f"--plot {str(plot)!r} draws the curve of one layer: name it with --layer")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise RankPruneError(f"--plot {str(plot)!r}: give a file that ends in .png or .svg")
+    if artefact is not None and not rule and layer is None:
+        refuse(context, "scheme", because="--artefact is decomposed already; give a --rule or a --layer as well")
+    for name in backend or ():
+        backend_named(name).require()
+    backends = list(dict.fromkeys(backend or installed_backends()))
     torch.manual_seed(0)  # for models of random weights
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
     networks, predicted, plans = {DENSE: dense}, {}, {}
+    if artefact is not None:
+        networks[f"artefact {artefact}"] = build_model(model, artefact=artefact)
+    curve = [] if layer is None else layer_curve(dense, x, layer, backends[0], scheme=scheme, threads=threads)
+    if layer is not None:
+        _show_curve(f"{layer} of {model.split(':')[-1]}, {backends[0]}", curve, plot)
     rules = rule or ([] if artefact else ["Budget(macs=0.5)"])
     for text in rules:
-        parsed = parse_rule(text)
+        parsed = _with_threads(parse_rule(text), threads)
         plan = make_plan(dense, x, scheme=scheme, rule=parsed)
         networks[text] = decompose(dense, plan)
         plans[text] = {name: [e.scheme, e.rank] for name, e in plan.decomposed.items()}
         if isinstance(parsed, Budget) and plan.ms and plan.ms_dense:
-            predicted[text, parsed.backend] = plan.ms_dense / plan.ms
-    if artefact is not None:
-        networks[str(artefact)] = build_model(model, artefact=artefact)
+            predicted[text, parsed.backend, _count(parsed.threads)] = plan.ms_dense / plan.ms
     macs = {name: count(network, x).macs for name, network in networks.items()}
-    backends = backend or installed_backends()
     found = compare(networks, x, backends, threads=threads, rounds=rounds)
+    if not found.timings:
+        raise RankPruneError(f"no backend could be measured: {'; '.join(f'{n}: {why}' for n, why in found.failed.items())}")
     base = {t.backend: t.ms for t in found.timings if t.network == DENSE}
     rows: list[dict[str, Any]] = [
         {
@@ -63,12 +96,12 @@ def bench_latency(
             "speedup": base[t.backend] / t.ms,
             "macs": macs[t.network],
             "macs_speedup": macs[DENSE] / macs[t.network],
-            "predicted_speedup": predicted.get((t.network, t.backend)),
+            "predicted_speedup": predicted.pop((t.network, t.backend, _count(threads)), None),
         }
         for t in found.timings
     ]
     show_table(
-        f"{model} on {input}, {threads or torch.get_num_threads()} threads",
+        f"{model} on {input}, {_count(threads)} threads",
         ["network", "backend", "ms", "spread", "faster", "predicted", "fewer MACs"],
         [
             (
@@ -83,18 +116,35 @@ def bench_latency(
             for r in rows
         ],
     )
+    for text, name, used in predicted:
+        say(f"{text}: predicted {predicted[text, name, used]:.2f}x in {name} with {used} threads, which is not measured here")
     for name, reason in found.failed.items():
         say(f"{name}: {reason}")
     for name in [name for name in BACKENDS if name not in backends and backend is None]:
         say(f"{name} is not installed")
     if any(r["spread"] > NOISY for r in rows):
         say(f"times vary by more than {NOISY:.0%}: stop what else runs on this machine and try again")
-    points = [] if layer is None else layer_curve(dense, x, layer, backends[0], scheme=scheme, threads=threads)
-    if layer is not None and plot is not None:
-        plot_layer(plot, points, f"{layer} of {model.split(':')[-1]}, {backends[0]}")
-        say(f"plot    {plot}")
     if out is not None:
         setting = {"model": model, "input": input, "scheme": scheme, "rules": rules, "rounds": rounds, "threads": threads}
         result = {"benchmark": "latency", "config": setting, "rows": rows, "plans": plans, "failed": dict(found.failed)}
-        result |= {"layer": layer, "curve": [asdict(p) for p in points]} if points else {}
+        result |= {"layer": layer, "curve": [asdict(p) for p in curve]} if curve else {}
         say(f"result  {write({**result, **provenance()}, out)}")
+
+
+def _with_threads(rule: RankRule, threads: int | None) -> RankRule:
+    """A budget of latency that names no number of threads is for as many as are measured with."""
+    if isinstance(rule, Budget) and rule.latency is not None and rule.threads is None:
+        return replace(rule, threads=threads)
+    return rule
+
+
+def _count(threads: int | None) -> int:
+    return threads or torch.get_num_threads()
+
+
+def _show_curve(title: str, curve: list[CurvePoint], plot: Path | None) -> None:
+    rows = [(p.scheme, str(p.rank), f"{p.ms:.2f}", f"{p.macs:.2f}") for p in curve]
+    show_table(f"{title}, in parts of the dense layer", ["scheme", "rank", "time", "MACs"], rows)
+    if plot is not None:
+        plot_layer(plot, curve, title)
+        say(f"plot    {plot}")

@@ -7,7 +7,7 @@ import typer
 
 from rankprune.checkpoint import save
 from rankprune.cli.console import say
-from rankprune.cli.options import Checkpoint, Exclude, Include, InputShape, ModelSpec, RoundTo, Rule, SchemeName
+from rankprune.cli.options import Checkpoint, Exclude, Include, InputShape, ModelSpec, RoundTo, Rule, SchemeName, refuse
 from rankprune.cli.target import build_model, example_input
 from rankprune.decompose import decompose as decompose_model
 from rankprune.plan import Plan
@@ -44,6 +44,7 @@ def plan(
 
 
 def decompose(
+    context: typer.Context,
     model: ModelSpec,
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     checkpoint: Checkpoint = None,
@@ -56,6 +57,9 @@ def decompose(
     round_to: RoundTo = 1,
 ) -> None:
     """Decompose a model and write the artefact."""
+    if plan is not None:
+        choices = ("scheme", "rule", "include", "exclude", "round_to")
+        refuse(context, *choices, because="--plan says already what to decompose, and at which rank")
     dense = build_model(model, checkpoint)
     x = None if input is None else example_input(input, dense)
     made = (

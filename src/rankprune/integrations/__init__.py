@@ -1,1 +1,4 @@
-"""TRP in other people's trainers. Each is imported by its own name, like rankprune.integrations.lightning."""
+"""Where others' libraries come in: TRP in their trainers, decomposed models on the Hugging Face hub.
+
+Each is imported by its own name, like rankprune.integrations.lightning, and needs the extra of the same name.
+"""

@@ -6,7 +6,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how latencies are measured."""
+    """Where and how latencies are measured; `cpu` is the name of the processor that computes, a GPU's where it is one."""
 
     backend: str
     version: str
@@ -43,17 +44,18 @@ class Setting:
     cpu: str
 
     @classmethod
-    def of(cls, model: nn.Module, backend: str, threads: int | None) -> "Setting":
-        """That of a model on this machine."""
-        first = next(model.parameters())
+    def of(cls, model: nn.Module, backend: str, threads: int | None = None) -> "Setting":
+        """That of a model on this machine; without `threads`, on as many as the backend would use now."""
+        runtime, first = backend_named(backend), next(model.parameters())
+        device = torch.device("cpu") if runtime.cpu_only else first.device
         return cls(
             backend=backend,
-            version=backend_named(backend).version,
-            threads=threads or torch.get_num_threads(),
+            version=runtime.version,
+            threads=threads or runtime.threads,
             dtype=str(first.dtype).removeprefix("torch."),
             memory_format="channels_last" if any(map(_is_channels_last, model.parameters())) else "contiguous",
-            device=first.device.type,
-            cpu=cpu_name() if first.device.type == "cpu" else torch.cuda.get_device_name(first.device),
+            device=device.type,
+            cpu=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         )
 
 
@@ -84,13 +86,20 @@ class Subject:
 
 
 class Meter:
-    """Measures in one setting, in milliseconds, what its cache does not know."""
+    """Measures in one setting, in milliseconds, what its cache does not know. Use `metering`, which makes the setting true."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.cache = LatencyCache(asdict(setting))
         self.spreads: list[float] = []
         self._backend = backend_named(setting.backend)
+
+    @classmethod
+    @contextmanager
+    def metering(cls, model: nn.Module, backend: str, threads: int | None) -> Iterator["Meter"]:
+        """A meter for a model on this machine, which is left as it was, and the random number generators too."""
+        with undisturbed(model), backend_named(backend).on_threads(threads):
+            yield cls(Setting.of(model, backend))
 
     def layer(self, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
         """A layer with `tail` behind, over all its calls."""
@@ -124,12 +133,11 @@ class Meter:
         """The dense network and its variants: {"dense": ms, "decomposed": [ms, ...]}."""
 
         def measure() -> dict[str, Any]:
-            with undisturbed(model):
-                networks = [model]
-                for variant in variants:
-                    pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
-                    networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs).eval())
-                (dense, *small), noise = self._time(networks, x)
+            networks = [model]
+            for variant in variants:
+                pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
+                networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs).eval())
+            (dense, *small), noise = self._time(networks, x)
             return {"dense": dense, "decomposed": small, "spread": noise}
 
         shapes = [tuple(t.shape) for t in tensors(x)]
@@ -144,7 +152,7 @@ class Meter:
 
     def _time(self, models: Sequence[nn.Module], x: Inputs) -> tuple[list[float], float]:
         """The models' medians, and the spread of the first one's times; of several tries the calmest."""
-        programs = self._backend.load_each(models, x, self.setting.threads)
+        programs, x = self._backend.load_each(models, x), self._backend.placed(x)
         best: tuple[list[float], float] | None = None
         for _ in range(_TRIES):
             found = time_together(programs, x)

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from rankprune.backends import backend_named
 from rankprune.cost import Inputs
-from rankprune.errors import ExportError, MissingExtraError
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant
@@ -70,30 +68,26 @@ def measure_table(
     """Time the network and its layers, or read from the cache what was timed on this machine before.
 
     Raises:
-        RankPruneError: for an unknown backend.
+        RankPruneError: for an unknown backend, or threads where the backend does not take them.
         MissingExtraError: if the backend is not installed.
         ExportError: if the backend cannot take the model or a layer.
 
     Warns:
         NoisyMeasurementWarning: if the times of a layer or the network vary by more than a fifth in each of three tries.
     """
-    try:
-        backend_named(backend).require()
-        meter = Meter(Setting.of(model, backend, threads))
+    with Meter.metering(model, backend, threads) as meter:
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
         layers = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
         table = LatencyTable(meter.setting, 0, layers, 1.0)
         return _corrected(table, meter, model, x, subjects, [_near(layers, part) for part in (0.5, 0.25)])
-    except (MissingExtraError, ExportError) as error:
-        error.args = (f"{error}; or budget in MACs, like Budget(macs=0.5)",)
-        raise
 
 
 def correct_table(
     table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variant: Variant
 ) -> LatencyTable:
     """The table with the share that is right for `variant`, timed beside the dense network. Raises what measure_table does."""
-    return _corrected(table, Meter(table.setting), model, x, subjects, [variant])
+    with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
+        return _corrected(table, meter, model, x, subjects, [variant])
 
 
 def _corrected(
@@ -112,7 +106,7 @@ def _corrected(
             f"{max(noisy):.0%}, too much to choose ranks by; stop what else runs on it and try again, or budget in MACs, like "
             "Budget(macs=0.5)",
             NoisyMeasurementWarning,
-            stacklevel=5,
+            stacklevel=2,
         )
     expected = [table.saved_ns(variant) / table.share / 1e6 for variant in variants]
     weight = sum(saving**2 for saving in expected)  # least squares of: arrived = share * expected
@@ -125,9 +119,8 @@ def measure_layer(
     model: nn.Module, x: Inputs, name: str, subject: Subject, backend: str, threads: int | None = None
 ) -> LayerTimes:
     """Time one layer of a model by itself. Raises what measure_table does."""
-    backend_named(backend).require()
-    meter = Meter(Setting.of(model, backend, threads))
-    return meter.layer(subject, followers(model, x, {name: subject.module})[name])
+    with Meter.metering(model, backend, threads) as meter:
+        return meter.layer(subject, followers(model, x, {name: subject.module})[name])
 
 
 def _near(layers: Mapping[str, LayerTimes], part: float) -> Variant:

@@ -1,0 +1,120 @@
+"""The latency of one network: measured by one process for all, set right, and carried in the states of trainings."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from rankprune.backends import backend_named
+from rankprune.cost import Inputs
+from rankprune.distributed import Team, is_sharded
+from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.latency.meter import Setting, Subject, Variant
+from rankprune.latency.table import LatencyTable, correct_table, measure_table
+
+
+class NetworkLatency:
+    """What is known of a network's times: nothing at first, then a table that is the same on all processes of a team.
+
+    Args:
+        x: what the model is called with.
+        subjects: the layers to time, by name.
+        backend, threads: as in Budget.
+
+    Attributes:
+        table: None until it is measured or loaded.
+    """
+
+    def __init__(self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], backend: str, threads: int | None) -> None:
+        self.table: LatencyTable | None = None
+        self._model, self._x, self._subjects = model, x, subjects
+        self._backend, self._threads = backend, threads
+
+    @property
+    def known(self) -> LatencyTable:
+        """The table.
+
+        Raises:
+            RankPruneError: if there is none yet.
+        """
+        if self.table is None:
+            raise RankPruneError("the network has not been timed yet: that happens when TRP is attached to an optimizer")
+        return self.table
+
+    def measure(self, team: Team, choose: Callable[[LatencyTable], Variant]) -> None:
+        """Have a table: the first process's, which measures it if it has none, while the others wait.
+
+        Args:
+            choose: what the rule would make of the network at such times; the table is set right by that.
+
+        Raises:
+            RankPruneError: on all processes if one fails, and if the weights are sharded.
+            MissingExtraError: if the backend is not installed.
+            ExportError: if the backend cannot take the model or a layer.
+        """
+
+        def measured() -> LatencyTable:
+            if self.table is not None:
+                return self.table
+            if self._sharded:
+                raise RankPruneError(
+                    "the network cannot be timed while its weights are sharded over processes: attach a TRP with this rule "
+                    "before sharding them, and load its state_dict() into the one made after, before that is attached"
+                )
+            try:
+                table = measure_table(self._model, self._x, self._subjects, self._backend, self._threads)
+                return correct_table(table, self._model, self._x, self._subjects, choose(table))
+            except (MissingExtraError, ExportError) as error:
+                error.args = (f"{error}; or budget in MACs, like Budget(macs=0.5)",)
+                raise
+
+        self.table = _of_first(team, measured)
+
+    def correct(self, team: Team, variant: Variant) -> None:
+        """Set the table right by the network with these pairs, which the first process times while the others wait.
+
+        Raises what `measure` does.
+
+        Warns:
+            UserWarning: if that cannot be timed, for the table is from another machine or the weights are sharded; then the
+                table stays as it is.
+        """
+
+        def corrected() -> LatencyTable:
+            table = self.known
+            if self._sharded or self._elsewhere(table.setting):
+                warnings.warn(
+                    f"ranks go by latencies as measured before ({table.setting}): here they cannot be set right by timing the "
+                    "network as it would be decomposed now",
+                    stacklevel=2,
+                )
+                return table
+            return correct_table(table, self._model, self._x, self._subjects, variant)
+
+        self.table = _of_first(team, corrected)
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Have the table whose dataclasses.asdict this is, wherever it was measured.
+
+        Raises:
+            RankPruneError: if it is of another backend, dtype or number of threads.
+        """
+        table = LatencyTable.of(values)
+        there, dtype = table.setting, str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        if (there.backend, there.dtype, there.threads) != (self._backend, dtype, self._threads or there.threads):
+            here = f"{self._backend} in {dtype}" + (f" on {self._threads} threads" if self._threads else "")
+            raise RankPruneError(f"this state goes by times measured as {there}, not by {here}; give the same rule and dtype")
+        self.table = table
+
+    @property
+    def _sharded(self) -> bool:
+        return any(map(is_sharded, self._model.parameters()))
+
+    def _elsewhere(self, setting: Setting) -> bool:
+        """Whether a setting is not that of the model on this machine."""
+        return not backend_named(self._backend).installed or Setting.of(self._model, self._backend, self._threads) != setting
+
+
+def _of_first(team: Team, compute: Callable[[], LatencyTable]) -> LatencyTable:
+    return team.share(lambda: {"table": compute()} if team.rank == 0 else {})["table"]
