@@ -223,6 +223,15 @@ def test_quantized_file_is_smaller_and_computes_about_the_same(tmp_path) -> None
     assert 1e-4 < difference < 0.1
 
 
+def test_what_cannot_be_quantized(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(rp.RankPruneError, match=r"no ONNX file '.*none\.onnx'"):
+        quantize_onnx(tmp_path / "none.onnx", tmp_path / "int8.onnx", [torch.zeros(1)])
+    (tmp_path / "float.onnx").touch()
+    with pytest.raises(rp.RankPruneError, match="calibration is empty"):
+        quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", [])
+
+
 def test_programs_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     order: list[str] = []

@@ -86,6 +86,11 @@ def test_a_suffix_of_no_runtime(tmp_path):
         rp.export(*small_network(), tmp_path / "small.pth")
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(rp.RankPruneError, match=r"there is no folder '.*none'.*small\.onnx"):
+        rp.export(*small_network(), tmp_path / "none" / "small.onnx")
+
+
 def test_the_opset_is_the_one_in_the_documentation(tmp_path):
     import onnx
 

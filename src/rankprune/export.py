@@ -32,7 +32,7 @@ def export(
         The largest relative difference found.
 
     Raises:
-        RankPruneError: for a suffix of no runtime.
+        RankPruneError: for a suffix of no runtime, or a folder that is not there.
         MissingExtraError: without the runtime's packages.
         ExportError: if the model cannot be exported, or the file computes something else; then no file is written.
     """
@@ -51,6 +51,8 @@ def _export(
     backend: FileBackend, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool | None, tolerance: float
 ) -> float:
     backend.require()
+    if not path.parent.is_dir():
+        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
     model = unwrap(model)
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         expected = tensors(call(model, x))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankprune.backends.base import FileBackend, Program, arguments, tensors, with_open_batch
 from rankprune.cost import Inputs
-from rankprune.errors import MissingExtraError
+from rankprune.errors import MissingExtraError, RankPruneError
 
 OPSET = 20
 """The version of ONNX's operators that files are written in."""
@@ -116,6 +116,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
 
     Raises:
         MissingExtraError: without the packages of the extra "onnx".
+        RankPruneError: if there is no such file, or nothing to calibrate with.
     """
     try:
         from onnxruntime import InferenceSession
@@ -123,11 +124,17 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
+    if not Path(source).is_file():
+        raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
+    batches = iter(calibration)
+    first = next(batches, None)
+    if first is None:
+        raise RankPruneError("calibration is empty: give inputs as the model is called with, some hundred images")
     names = [slot.name for slot in InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()]
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._inputs = iter(calibration)
+            self._inputs = chain([first], batches)
 
         def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]
             x = next(self._inputs, None)

@@ -55,7 +55,8 @@ class LatencyTable:
 def ranks_to_try(largest: int, count: int, multiple: int = 1) -> list[int]:
     """About `count` ranks up to `largest`, all multiples of `multiple`.
 
-    They are multiples of a power of two, for kernels work on so many channels at once, and below the first its halves, to 8.
+    They are multiples of a power of two, which take less time than their neighbours in all that we measured, and below the
+    first its halves, to 8.
     """
     step = math.lcm(multiple, 2 ** max(0, round(math.log2(max(largest, 1) / count))))
     low = [rank for rank in (step // 8, step // 4, step // 2) if rank >= 8 and rank % multiple == 0]
