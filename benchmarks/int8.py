@@ -1,6 +1,7 @@
 """Decomposition and int8 together: accuracy, bytes and ms of a trained network, dense and decomposed, float32 and int8.
 
-Takes a finished run of the recipes: its dense.safetensors of the reference run and its artefact.
+Takes a finished run of the recipes: its dense.safetensors of the reference run and its artefact. Beside it ResNet-18 at 224 x 224
+with random weights, whose channels are many enough for the clock.
 
     RANKPRUNE_DATA=... python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 """
@@ -8,14 +9,15 @@ Takes a finished run of the recipes: its dense.safetensors of the reference run 
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.backends import BACKENDS, FileBackend
+from rankprune.backends import BACKENDS, FileBackend, Program
 from rankprune.backends.onnxruntime import quantize_onnx
 from rankprune.backends.timing import spread, time_together
 from rankprune.recipes.batches import Normalize, eval_batches
@@ -23,6 +25,7 @@ from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.runner import provenance, write
+from rankprune.rules import parse_rule
 
 BATCH, CALIBRATION = 64, 512
 
@@ -33,6 +36,30 @@ def accuracy(program: Callable[[Tensor], list[Tensor]], batches: list[tuple[Tens
     return 100 * right / sum(len(labels) for _, labels in batches)
 
 
+def rows(dense: nn.Module, small: nn.Module, calibration: list[Tensor]) -> Iterator[tuple[dict[str, Any], Program]]:
+    """Bytes and milliseconds of each form of a network, timed in turn, and the form as a program."""
+    backend = BACKENDS["onnxruntime"]
+    assert isinstance(backend, FileBackend)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, network in (("dense", dense.eval()), ("decomposed", small.eval())):
+            files[f"{name}, float32"] = Path(folder) / f"{name}.onnx"
+            files[f"{name}, int8"] = Path(folder) / f"{name}-int8.onnx"
+            rp.export_onnx(network, calibration[0], files[f"{name}, float32"])
+            quantize_onnx(files[f"{name}, float32"], files[f"{name}, int8"], calibration)
+        programs = {name: backend.read(file) for name, file in files.items()}
+        times = time_together(list(programs.values()), calibration[0], rounds=31)
+        for (name, program), ms in zip(programs.items(), times, strict=True):
+            size = files[name].stat().st_size
+            yield {"network": name, "bytes": size, "ms": statistics.median(ms), "spread": spread(ms)}, program
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    accuracy = f"{row['top1']:6.2f} %" if "top1" in row else " " * 8
+    print(f"{row['network']:22} {accuracy} {row['bytes']:11,} bytes {row['ms']:7.2f} ms, spread {row['spread']:.0%}")
+
+
 def main() -> None:
     """Measure, print, and write the result."""
     folders, e = Folders.from_environment(), Experiment.read(Path(sys.argv[1]))
@@ -41,26 +68,20 @@ def main() -> None:
     test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH, normalize))[:-1]  # whole batches
     training = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
     calibration = [images for images, _ in eval_batches(training, BATCH, normalize)]
-    dense, small = build(e.model, 10), rp.load(runs / e.name / "artefact", build(e.model, 10)).eval()
+    dense, small = build(e.model, 10), rp.load(runs / e.name / "artefact", build(e.model, 10))
     load_weights(dense, e.reference or e.start or "", folders.models, runs)
-    backend = BACKENDS["onnxruntime"]
-    assert isinstance(backend, FileBackend)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for name, network in (("dense", dense.eval()), ("decomposed", small)):
-            files[f"{name}, float32"] = Path(folder) / f"{name}.onnx"
-            files[f"{name}, int8"] = Path(folder) / f"{name}-int8.onnx"
-            rp.export_onnx(network, calibration[0], files[f"{name}, float32"])
-            quantize_onnx(files[f"{name}, float32"], files[f"{name}, int8"], calibration)
-        programs = {name: backend.read(file) for name, file in files.items()}
-        times = time_together(list(programs.values()), calibration[0], rounds=31)
-        for (name, program), ms in zip(programs.items(), times, strict=True):
-            row = {"network": name, "top1": accuracy(program, test), "bytes": files[name].stat().st_size}
-            rows.append({**row, "ms": statistics.median(ms), "spread": spread(ms)})
-            print(f"{name:22} {row['top1']:6.2f} % {row['bytes']:9,} bytes {rows[-1]['ms']:7.2f} ms for {BATCH} images")
+    trained = []
+    for row, program in rows(dense, small, calibration):
+        trained.append({**row, "top1": accuracy(program, test)})
+        show(trained[-1])
+    torch.manual_seed(0)
+    wide, photographs = build("resnet18", 1000), [torch.randn(1, 3, 224, 224) for _ in range(8)]
+    plan = rp.make_plan(wide, photographs[0], scheme="spatial", rule=parse_rule(e.trp.rule), round_to=16)
+    untrained = [row for row, _ in rows(wide, rp.decompose(wide, plan), photographs)]
+    for row in untrained:
+        show(row)
     images = {"test_images": len(test) * BATCH, "calibration_images": CALIBRATION, "batch": BATCH}
-    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": rows, **provenance()}
+    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": trained, "resnet18_224": untrained, **provenance()}
     write(result, Path(__file__).parent / "results" / "int8.json")
 
 
