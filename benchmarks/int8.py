@@ -1,7 +1,7 @@
 """Decomposition and int8 together: accuracy, bytes and ms of a trained network, dense and decomposed, float32 and int8.
 
-Takes a finished run of the recipes: its dense.safetensors of the reference run and its artefact. Beside it ResNet-18 at 224 x 224
-with random weights, whose channels are many enough for the clock.
+Takes a finished run of the recipes: its dense.safetensors of the reference run and its artefact. Beside it ResNet-18 at 224 x
+224 with random weights, whose channels are many enough for the clock.
 
     RANKPRUNE_DATA=... python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 """
