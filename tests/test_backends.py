@@ -195,7 +195,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch: pytes
 
 
 def test_a_backend_that_there_is_not() -> None:
-    with pytest.raises(rp.RankPruneError, match="no backend 'tflite'; choose one of eager, compile, onnxruntime"):
+    with pytest.raises(rp.RankPruneError, match=r"no backend 'tflite'; choose one of .*onnxruntime"):
         backend_named("tflite")
 
 

@@ -15,7 +15,7 @@ from rankprune.schemes import SCHEMES, Scheme, schemes_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
-CONV_SCHEMES = ("channel", "spatial", "decoupled")
+CONV_SCHEMES = [name for name in SCHEMES if name != "linear"]
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 KERNELS = {
