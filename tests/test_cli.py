@@ -193,7 +193,7 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["plan", "--model", "math:sqrt", *INPUT], "called without arguments"),
         (["plan", "--model", "math:pi", *INPUT], "called without arguments"),
         (["plan", "--model", ":net", *INPUT], "package.module:callable"),
-        (["plan", *MODEL, *INPUT, "--out", "/no/such/folder/plan.json"], "there is no folder"),
+        (["plan", *MODEL, *INPUT, "--out", "/no/such/folder/plan.json"], "No such file"),
         (["train", "--data", "/no/such", "--precision", "bf16"], "precision='bf16'"),
         (["plan", *MODEL, *INPUT, "--rule", "Energy(keep=2)"], "keep=2"),
         (["plan", *MODEL, *INPUT, "--rule", "print(1)"], "cannot read the rule"),
