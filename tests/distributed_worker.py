@@ -3,11 +3,13 @@
 torchrun --standalone --nproc-per-node=2 distributed_worker.py MODE
 """
 
+import copy
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from torch.nn import functional as F
 
 import own_clock
 import rankprune as rp
+from rankprune import linalg
+from rankprune.distributed import reshard
 from rankprune.latency import meter
+from rankprune.schemes import SCHEMES
 
 STEPS, EVERY, BATCH = 7, 3, 8
 
@@ -42,9 +47,27 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def train(model: nn.Module, trp: rp.TRP, rank: int, size: int, before_step: Callable[[int], None] = lambda step: None) -> None:
     """Each of `size` processes takes its part of every batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = sgd(model)
     trp.attach(optimizer)
-    for step, (x, y) in enumerate(batches()):
+    go_on(model, optimizer, rank, size, range(STEPS), before_step)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """The optimizer that all modes use."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def go_on(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    size: int,
+    steps: Iterable[int],
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Take these steps."""
+    for step in steps:
+        x, y = batches()[step]
         loss = F.cross_entropy(model(x.chunk(size)[rank]), y.chunk(size)[rank])
         optimizer.zero_grad()
         loss.backward()
@@ -52,19 +75,29 @@ def train(model: nn.Module, trp: rp.TRP, rank: int, size: int, before_step: Call
         optimizer.step()
 
 
-def make(model: nn.Module, group: dist.ProcessGroup | None = None) -> rp.TRP:
+def make(model: nn.Module, group: dist.ProcessGroup | None = None, **changed: Any) -> rp.TRP:
     """The TRP that all modes use."""
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    return rp.TRP(
-        model,
-        rule=rp.Budget(macs=0.3),
-        scheme="auto",
-        every=EVERY,
-        nuclear=1e-2,
-        ramp=2 * EVERY,
-        example_inputs=x,
-        process_group=group,
-    )
+    settings: dict[str, Any] = {"rule": rp.Budget(macs=0.3), "every": EVERY, "nuclear": 1e-2, "ramp": 2 * EVERY}
+    return rp.TRP(model, **(settings | changed), example_inputs=x, process_group=group)
+
+
+def together(mode: str) -> tuple[nn.Module, nn.Module]:
+    """The network and what is trained of it: itself, sharded as `mode` says, or wrapped by DDP."""
+    model = network()
+    if mode == "ddp":
+        return model, nn.parallel.DistributedDataParallel(model)
+    blocks = {"fsdp-root": [], "fsdp-mixed": [model[1]]}.get(mode, list(model))  # type: ignore[index]
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return model, model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> None:
+    """A forward pass alone, after which FSDP2 leaves the root's weights whole."""
+    model(batches()[0][0])
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -80,23 +113,24 @@ def compare(mode: str) -> None:
     reference_trp = make(reference, alone)
     train(reference, reference_trp, 0, 1)
 
-    model = network()
-    if mode == "fsdp":
-        for block in model:
-            fully_shard(block)
-        fully_shard(model)
-        trainee: nn.Module = model
-    else:
-        trainee = nn.parallel.DistributedDataParallel(model)
+    model, trainee = together(mode)
+    evaluate(trainee)
     trp = make(trainee)
-    train(trainee, trp, rank, size)
+    train(trainee, trp, rank, size, lambda step: evaluate(trainee))
+    evaluate(trainee)
     assert trp._planner.team.size == size
     owners = set(trp._planner.owner.values())
     assert owners == set(range(size)), f"the layers are shared out: {owners}"
-    if mode == "fsdp":
+    if mode != "ddp":
         with pytest.raises(rp.RankPruneError, match="into="):
             trp.finalize()
-    small, reference_small = trp.finalize(network() if mode == "fsdp" else None), reference_trp.finalize()
+        assert trp.plan is not None
+        evaluate(trainee)
+        name, rank_of_it = next(iter(trp.project().ranks.items()))
+        assert hasattr(model.get_submodule(name).weight, "full_tensor"), "projected are the shards"
+        assert numerical_rank(model.get_submodule(name).get_parameter("weight"), trp.plan, name) == rank_of_it
+        evaluate(trainee)
+    small, reference_small = trp.finalize(None if mode == "ddp" else network()), reference_trp.finalize()
 
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         weight = whole(ours)
@@ -114,6 +148,116 @@ def compare(mode: str) -> None:
         assert (small(x) - trainee(x)).abs().max() < 1e-4 if mode == "ddp" else True
     resumed = make(trainee)
     resumed.load_state_dict(trp.state_dict())
+
+
+def numerical_rank(weight: Tensor, plan: rp.Plan, name: str) -> int:
+    """The largest rank of a weight's matrices under the scheme that the plan has for it."""
+    entry = plan.decomposed[name]
+    module = network().get_submodule(name)
+    stack = SCHEMES[entry.scheme or ""].to_matrices(module, whole(weight))
+    values = torch.linalg.svdvals(stack.double())
+    return int((values > 1e-5 * values[..., :1]).sum(-1).max())
+
+
+def full_terms(trp: rp.TRP) -> dict[str, Tensor]:
+    """The sub-gradients in whole."""
+    return {name: whole(term) for name, term in trp._subgradients.items()}
+
+
+def resume(mode: str) -> None:
+    """Stopped and resumed from the TRP state of one process, a training takes the steps that it would have taken.
+
+    Of replicated weights, and alone, bit for bit until the next projection; of sharded ones the sub-gradients are taken anew,
+    over the planned ranks, which right after a projection gives the same ones.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for stop, cadence in ((EVERY, "step"), (EVERY, "projection"), (EVERY + 1, "step")):
+        model, trainee = together(mode)
+        trp, optimizer = make(trainee, nuclear_cadence=cadence), sgd(trainee)
+        trp.attach(optimizer)
+        go_on(trainee, optimizer, rank, size, range(stop))
+        states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        saved: list[Any] = [trp.state_dict()]
+        dist.broadcast_object_list(saved, src=size - 1)
+
+        other, resumed_trainee = together(mode)
+        resumed, other_optimizer = make(resumed_trainee, nuclear_cadence=cadence), sgd(resumed_trainee)
+        other.load_state_dict(states[0])
+        other_optimizer.load_state_dict(states[1])
+        resumed.load_state_dict(saved[0])
+        resumed.attach(other_optimizer)
+        exact = mode == "ddp" or size == 1
+        for step in range(stop, STEPS):
+            go_on(trainee, optimizer, rank, size, [step])
+            go_on(resumed_trainee, other_optimizer, rank, size, [step])
+            ours, theirs = full_terms(resumed), full_terms(trp)
+            assert ours.keys() == theirs.keys()
+            assert cadence == "projection" or ours
+            for name, term in ours.items():
+                assert torch.allclose(term.norm(), theirs[name].norm(), rtol=1e-3), f"{name}: taken over other ranks"
+            before_projection = step + 1 < 2 * EVERY
+            for (name, a), b in zip(other.named_parameters(), model.parameters(), strict=True):
+                if exact and (before_projection or size == 1):
+                    assert torch.equal(whole(a), whole(b)), f"{name} differs at step {step}, resumed at {stop}"
+                elif before_projection and stop == EVERY:
+                    assert torch.allclose(whole(a), whole(b), rtol=1e-5, atol=1e-7), f"{name} differs at step {step}"
+                else:
+                    assert torch.allclose(whole(a), whole(b), rtol=1e-3, atol=1e-4), f"{name} differs at step {step}"
+        assert resumed.history == trp.history
+
+
+def resume_elsewhere() -> None:
+    """The state of an unsharded training goes on in a sharded one: its sub-gradients are sharded too."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    _, trainee = together("ddp")
+    trp = make(trainee)
+    train(trainee, trp, rank, size)
+    sharded, _ = together("fsdp")
+    resumed = make(sharded)
+    evaluate(sharded)
+    resumed.load_state_dict(trp.state_dict())
+    for name, term in full_terms(resumed).items():
+        assert torch.equal(term, full_terms(trp)[name])
+    reshard(sharded)  # for the optimizer, which is made after the evaluation
+    train(sharded, resumed, rank, size)
+
+
+def fail_late() -> None:
+    """Whatever goes wrong in the work of one process before it sends results, all are told."""
+    rank = dist.get_rank()
+
+    def broken(*args: object) -> None:
+        raise MemoryError("too little memory")
+
+    channel = type(SCHEMES["channel"])
+    for nuclear, holder, function in (
+        (0.0, linalg, "project"),
+        (1e-2, linalg, "project_with_subgradient"),
+        (1e-2, linalg, "nuclear_subgradient"),
+        (0.0, channel, "to_matrices"),
+    ):
+        model = network()
+        trp = make(model, scheme="channel", nuclear=nuclear, ramp=0, rule=rp.RankFraction(0.2), every=1)
+        optimizer = sgd(model)
+        trp.attach(optimizer)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(holder, function, broken)
+            with pytest.raises(MemoryError if rank == 1 else rp.RankPruneError, match="too little memory") as raised:
+                go_on(model, optimizer, 0, 1, range(1))
+        assert rank == 1 or "process 1 of 2" in str(raised.value)
+        print(f"process {rank} was told of {function}", flush=True)
+
+
+def without_scatter() -> None:
+    """torch 2.6 cannot distribute a tensor from a chosen process."""
+
+    def distribute_tensor(tensor: Tensor, device_mesh: object = None, placements: object = None) -> Tensor:
+        raise AssertionError("it would take the tensor of process 0")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.tensor, "distribute_tensor", distribute_tensor)
+        compare("fsdp")
 
 
 def fail() -> None:
@@ -247,6 +391,16 @@ def die() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    modes = {"ddp": lambda: compare("ddp"), "fsdp": lambda: compare("fsdp"), "fail": fail, "die": die}
-    (modes | {"latency": latency, "latency-sharded": latency_sharded})[sys.argv[1]]()
+    modes: dict[str, Callable[[], None]] = {
+        "fail": fail,
+        "fail-late": fail_late,
+        "die": die,
+        "without-scatter": without_scatter,
+        "resume-ddp": lambda: resume("ddp"),
+        "resume-fsdp": lambda: resume("fsdp-mixed"),
+        "resume-elsewhere": resume_elsewhere,
+        "latency": latency,
+        "latency-sharded": latency_sharded,
+    }
+    modes.get(sys.argv[1], lambda: compare(sys.argv[1]))()
     dist.destroy_process_group()

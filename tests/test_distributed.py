@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coloured import coloured, write_parquet
-from rankprune.distributed import Team
+from rankprune.distributed import Team, sharded_like
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.processes import Processes
@@ -21,15 +21,36 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def torchrun(*script: object, **options: Any) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, script)]
+def torchrun(*script: object, processes: int = 2, **options: Any) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, *map(str, script)]
     return subprocess.run(command, capture_output=True, text=True, timeout=150, **options)
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @needs_gloo
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp-root", "fsdp-mixed", *map(slow, ("fsdp", "without-scatter"))])
 def test_two_processes_equal_one(mode: str) -> None:
     run = torchrun(WORKER, mode)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@needs_gloo
+def test_weights_sharded_over_a_single_process() -> None:
+    run = torchrun(WORKER, "fsdp", processes=1)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("mode", "processes"),
+    [("resume-ddp", 2), ("resume-fsdp", 2), slow("resume-fsdp", 1), slow("resume-elsewhere", 2)],
+)
+def test_a_resumed_training_takes_the_same_steps(mode: str, processes: int) -> None:
+    run = torchrun(WORKER, mode, processes=processes)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
@@ -38,6 +59,13 @@ def test_an_error_of_one_process_reaches_all() -> None:
     run = torchrun(WORKER, "fail")
     assert run.returncode == 0, run.stderr[-4000:]
     assert sorted(run.stdout.split("\n")[:2]) == ["process 0 was told", "process 1 was told"]
+
+
+@needs_gloo
+def test_an_error_after_the_factorisation_reaches_all() -> None:
+    run = torchrun(WORKER, "fail-late")
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("was told of") == 8
 
 
 @needs_gloo
@@ -126,5 +154,9 @@ def test_alone_nothing_is_communicated() -> None:
     assert team.share(lambda: {"a": 1}) == {"a": 1}
     with pytest.raises(ZeroDivisionError):
         team.share(lambda: {"a": 1 // 0})
+    assert team.together(lambda: "result") == "result"
+    with pytest.raises(ZeroDivisionError):
+        team.together(lambda: 1 // 0)
+    assert sharded_like(new, weight) is new
     team.publish({"a": weight}, {"a": new}, {"a": 0})
     assert torch.equal(weight, new)

@@ -1,5 +1,6 @@
 """A loop of Accelerate's with TRP attached ends with the weights of the plain loop."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+import own_clock
 import rankprune as rp
 import toy
 from rankprune.integrations.accelerate import attach
+from rankprune.latency.cache import LatencyCache
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +91,67 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     toy.same_weights(resumed.model, whole.model)
     assert (resumed.trp.steps, resumed.trp.history, resumed.trp.plan) == (20, whole.trp.history, whole.trp.plan)
     toy.same_weights(resumed.trp.finalize(), whole.trp.finalize())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_resumed_with_clipping_and_accumulation(tmp_path: Path, precision: str) -> None:
+    expected = toy.plain_loop(clip=True, accumulate=2, bf16=precision == "bf16")
+    settings = {"clip": True, "ramp": 5, "gradient_accumulation_steps": 2, "mixed_precision": precision}
+    part = Run(tmp_path, **settings)
+    part.epoch()
+    part.accelerator.save_state(tmp_path / "state")
+
+    resumed = Run(tmp_path, **settings)
+    resumed.accelerator.load_state(tmp_path / "state")
+    resumed.epoch()
+    toy.same_weights(resumed.model, expected.model)
+    toy.really_projected(resumed.trp, 10)
+
+
+def test_closures() -> None:
+    accelerator, net = Accelerator(cpu=True), toy.Net()
+    model, optimizer, batches = accelerator.prepare(net, toy.sgd(net), DataLoader(toy.Data(), batch_size=toy.BATCH))
+    trp = attach(rp.TRP(model, ramp=10, **toy.settings()), accelerator, optimizer)
+    for _ in range(toy.EPOCHS):
+        for batch in batches:
+
+            def closure(batch: dict = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = model(**batch)["loss"]
+                accelerator.backward(loss)
+                return loss
+
+            optimizer.step(closure)
+    toy.same_weights(model, toy.plain_loop().model)
+    toy.really_projected(trp, 20)
+
+
+def test_resumed_without_timing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> tuple[Accelerator, Optimizer, rp.TRP]:
+        LatencyCache._remembered.clear()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        accelerator, net = Accelerator(cpu=True, project_dir=tmp_path), toy.Net()
+        model, optimizer = accelerator.prepare(net, toy.sgd(net))
+        rule = rp.Budget(latency=0.6, backend="timeless")
+        return accelerator, optimizer, rp.TRP(model, **toy.settings(rule=rule))
+
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    own_clock.add(monkeypatch, own_clock.Timeless())
+    timings = own_clock.count_timings(monkeypatch)
+    accelerator, optimizer, trp = made()
+    attach(trp, accelerator, optimizer)
+    assert timings != []
+    accelerator.save_state(tmp_path / "state")
+    timings.clear()
+
+    for _ in range(2):  # what a resumed training saves can be resumed in its turn
+        accelerator, optimizer, resumed = made()
+        accelerator.register_for_checkpointing(resumed)
+        accelerator.load_state(tmp_path / "state")
+        attach(resumed, accelerator, optimizer)
+        assert timings == []
+        assert resumed.state_dict()["latency"] == trp.state_dict()["latency"]
+        accelerator.save_state(tmp_path / "state")
 
 
 def test_ranks_costs_and_overhead_reach_the_trackers(tmp_path: Path) -> None:

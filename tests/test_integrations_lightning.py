@@ -9,13 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
+import own_clock
 import rankprune as rp
 import toy
 from rankprune.integrations.lightning import TRPCallback
+from rankprune.latency.cache import LatencyCache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -92,6 +95,76 @@ def test_resumed_is_uninterrupted(tmp_path: Path, averaged: bool) -> None:
         toy.same_weights(resumed, module)
         assert (trp.trp.steps, trp.trp.history, trp.trp.plan) == (20, whole.trp.history, whole.trp.plan)
     toy.same_weights(trp.finalize(), whole.finalize())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_with_clipping_and_accumulation(tmp_path: Path, bf16: bool) -> None:
+    expected = toy.plain_loop(clip=True, accumulate=2, bf16=bf16)
+    settings = {"gradient_clip_val": toy.CLIP, "accumulate_grad_batches": 2, "precision": "bf16-mixed" if bf16 else "32-true"}
+    for path in (None, f"{tmp_path}/step=5.ckpt"):
+        trp, module = callback(), Lit()
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)
+        runner = trainer(trp, saving, enable_checkpointing=True, **settings)
+        runner.fit(module, loader(), ckpt_path=path, weights_only=True)
+        toy.same_weights(module, expected.model)
+        toy.really_projected(trp.trp, 10)
+
+
+class Late(SingleDeviceStrategy):
+    """Loads its checkpoints late, as those for sharded weights do."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, Late])
+def test_resumed_without_timing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: type[SingleDeviceStrategy]
+) -> None:
+    def fit(epochs: int, cache: str, checkpoint: Path | None = None) -> tuple[TRPCallback, pl.Trainer, Lit]:
+        monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / cache))
+        LatencyCache._remembered.clear()
+        trp, module = callback(rule=rp.Budget(latency=0.6, backend="timeless"), ramp=toy.EVERY), Lit()
+        runner = trainer(trp, max_epochs=epochs, strategy=strategy("cpu"))
+        runner.fit(module, loader(), ckpt_path=checkpoint)
+        return trp, runner, module
+
+    own_clock.add(monkeypatch, own_clock.Timeless())
+    timings = own_clock.count_timings(monkeypatch)
+    whole, _, module = fit(toy.EPOCHS, "first")
+    fit(1, "second")[1].save_checkpoint(tmp_path / "it.ckpt")
+    assert timings != []
+    timings.clear()
+    trp, _, resumed = fit(toy.EPOCHS, "third", tmp_path / "it.ckpt")
+    assert timings == []
+    assert (trp.trp.steps, trp.trp.history, trp.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(resumed, module)
+
+
+def test_metrics_are_logged_where_optimizers_step_at_different_rates(tmp_path: Path) -> None:
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [toy.sgd(self.features), toy.sgd(self.head)]
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.manual_backward(self(**batch)["loss"])
+            self.log("own", 1.0)
+            for optimizer in self.optimizers()[: 1 + batch_idx % 2]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    trp = callback(submodule="features", ramp=0, include=["*"])
+    trainer(trp, logger=CSVLogger(tmp_path), log_every_n_steps=5).fit(Two(), loader())
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["own"]]
+    assert len(rows) == toy.BATCHES * toy.EPOCHS // 5
+    assert [row["rankprune/rank/2"] for row in rows] == [str(float(trp.trp.history[i][1]["2"])) for i in (0, 1, 2, 4)]
 
 
 def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:

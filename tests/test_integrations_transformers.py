@@ -91,6 +91,19 @@ def test_resumed_is_uninterrupted(tmp_path: Path, moved: bool) -> None:
     toy.same_weights(trp.finalize(), whole.finalize())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_with_clipping_and_accumulation(tmp_path: Path, bf16: bool) -> None:
+    expected = toy.plain_loop(clip=True, accumulate=2, bf16=bf16)
+    settings = {"max_grad_norm": toy.CLIP, "gradient_accumulation_steps": 2, "bf16": bf16}
+    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
+        model = toy.Net()
+        runner = trainer(tmp_path, model, save_strategy="steps", save_steps=6, **settings)
+        trp = callback().attach(runner)
+        runner.train(resume_from_checkpoint=checkpoint)
+        toy.same_weights(model, expected.model)
+        toy.really_projected(trp.trp, 10)
+
+
 def test_a_checkpoint_of_dense_training_starts_trp_anew(tmp_path: Path) -> None:
     trainer(tmp_path, toy.Net(), save_strategy="steps", save_steps=12).train()
     runner = trainer(tmp_path, toy.Net())

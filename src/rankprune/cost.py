@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankprune.distributed import is_sharded
+from rankprune.distributed import is_sharded, reshard
 from rankprune.errors import RankPruneError
 from rankprune.layers import is_decomposable, is_matrix, unwrap
 
@@ -85,7 +85,8 @@ def call(model: Callable[..., Any], x: Inputs) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; on leaving, restore its modes and buffers and the random number generators."""
+    """Put the model in eval mode; on leaving, restore its modes, buffers and shards and the random number generators."""
+    reshard(model)
     modes = {m: m.training for m in model.modules()}
     buffers = {module: dict(module._buffers.items()) for module in modes}
     values = [(b, b.detach().clone()) for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
@@ -100,6 +101,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 ) from error
             yield
         finally:
+            reshard(model)
             for module, training in modes.items():
                 module.training = training
             for module, before in buffers.items():

@@ -3,6 +3,7 @@
 Alone, a process is a team of one, and the same code runs without any communication.
 """
 
+import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
@@ -10,18 +11,41 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism make of parameters."""
     module = sys.modules.get("torch.distributed.tensor")  # no tensor can be one before that is imported
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters the shards again that an optimizer holds: after a forward, FSDP2 leaves whole ones in the root."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sharded_like(whole: Tensor, target: Tensor) -> Tensor:
+    """A tensor that this process has in full, sharded as `target` is; itself if that is not sharded."""
+    if not is_sharded(target):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = target.device_mesh  # type: ignore[attr-defined]
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=target.placements)  # type: ignore[attr-defined]
 
 
 class Team:
@@ -79,6 +103,17 @@ class Team:
                 raise RankPruneError(f"process {rank} of {self.size}: {message}")
         return {key: value for part, _ in answers for key, value in part.items()}
 
+    def together(self, compute: Callable[[], T]) -> T:
+        """What this member computed, once all have. Errors are shared as in share, and nothing else is."""
+        mine: list[T] = []
+
+        def run() -> Mapping[str, None]:
+            mine.append(compute())
+            return {}
+
+        self.share(run)
+        return mine[0]
+
     @torch.no_grad()
     def publish(self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
         """Write the owners' values into everyone's targets, in place, shards into shards.
@@ -88,7 +123,7 @@ class Team:
         """
         if self.size == 1:
             for name, target in targets.items():
-                target.copy_(values[name])
+                target.copy_(sharded_like(values[name].to(target.dtype), target))
             return
         parcels: dict[tuple[int, torch.dtype, torch.device], list[str]] = defaultdict(list)
         for name, target in targets.items():
@@ -112,12 +147,13 @@ class Team:
     def _scatter(self, target: Any, value: Tensor | None, source: int) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = target.device_mesh, target.placements
+        mesh = target.device_mesh
         if value is None:
             value = torch.empty(target.shape, dtype=target.dtype, device=target.to_local().device)
         value = value.to(target.dtype).contiguous()
-        if mesh.ndim == 1 and mesh.size() == self.size:
-            target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=source))
-        else:  # a mesh of several axes: everyone gets the whole, and keeps its part
+        can_scatter = "src_data_rank" in inspect.signature(distribute_tensor).parameters  # not yet in torch 2.6
+        if can_scatter and mesh.ndim == 1 and mesh.size() == self.size:
+            target.copy_(distribute_tensor(value, mesh, target.placements, src_data_rank=source))
+        else:  # such as a mesh of several axes: everyone gets the whole, and keeps its part
             self._broadcast(value, source)
-            target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+            target.copy_(sharded_like(value, target))

@@ -12,7 +12,7 @@ from rankprune.backends.base import tensors
 from rankprune.budget import Budget
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
-from rankprune.distributed import Team
+from rankprune.distributed import Team, reshard
 from rankprune.errors import RankPruneError
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
 from rankprune.layers import Layer, unwrap
@@ -120,6 +120,11 @@ class Planner:
         """The layers under consideration, by name."""
         return {name: options[0].layer for name, options in self.options.items()}
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights of the layers under consideration, by name; under FSDP2 the shards, also right after an evaluation."""
+        reshard(self.model)
+        return {name: layer.module.get_parameter("weight") for name, layer in self.layers.items()}
+
     @torch.no_grad()
     def factor(self, starts: Mapping[Key, Tensor] | None = None, keys: Iterable[Key] | None = None) -> Factored:
         """Factor the present weights, every layer under every scheme it may get, or those in `keys`.
@@ -133,22 +138,26 @@ class Planner:
 
     def _factor_into(self, factored: Factored, keys: Iterable[Key], starts: Mapping[Key, Tensor] | None = None) -> None:
         wanted = set(keys)
-        stacks: dict[Key, Tensor] = {}
-        for name, options in self.options.items():
-            schemes = [o.scheme for o in options if (name, o.scheme.name) in wanted]
-            if schemes:
-                module = options[0].layer.module
-                whole = self.team.whole(module.get_parameter("weight"))  # all take part, owner or not
-                if self.owner[name] == self.team.rank:
-                    stacks |= {(name, scheme.name): scheme.to_matrices(module, whole) for scheme in schemes}
-        stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
+        weights = self.weights()
+        schemes = {name: [o.scheme for o in options if o.key in wanted] for name, options in self.options.items()}
+        own: dict[str, Tensor] = {}
+        for name in filter(schemes.get, schemes):
+            whole = self.team.whole(weights[name])  # all take part, owner or not
+            if self.owner[name] == self.team.rank:
+                own[name] = whole
 
         def spectra() -> dict[Key, Spectrum]:
+            stacks = {
+                (name, scheme.name): scheme.to_matrices(self.options[name][0].layer.module, whole)
+                for name, whole in own.items()
+                for scheme in schemes[name]
+            }
+            stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
             found = linalg.bases_by_layer(stacks, starts)
+            factored.stacks |= stacks
             factored.bases |= found
             return {key: basis.spectrum.cpu() for key, basis in found.items()}
 
-        factored.stacks |= stacks
         factored.spectra |= self.team.share(spectra)
 
     def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:

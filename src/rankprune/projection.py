@@ -1,6 +1,6 @@
 """Make the weights of a dense model low-rank, in place, at the ranks of a plan."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,34 +91,60 @@ def project(model: nn.Module, plan: Plan) -> None:
 @torch.no_grad()
 def project_factored(planner: Planner, plan: Plan, factored: Factored) -> None:
     """As project, for the weights that `factored` is of; every process of the team computes those it owns."""
-    low = {
-        owned.name: owned.as_weight(linalg.project(owned.stack, owned.basis, owned.rank or 1))
-        for owned in _owned(planner, plan, factored)
-        if owned.rank is not None
-    }
-    planner.team.publish(_weights(planner, plan.decomposed), low, planner.owner)
+
+    def compute() -> dict[str, Tensor]:
+        return {
+            owned.name: owned.as_weight(linalg.project(owned.stack, owned.basis, owned.rank))
+            for owned in _owned(planner, plan, factored)
+            if owned.rank is not None
+        }
+
+    _write(planner, plan, planner.team.together(compute))
 
 
 @torch.no_grad()
-def project_with_subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
-    """As project_factored, and for each considered layer U V^T in the shape of its weight.
+def project_with_subgradients(planner: Planner, plan: Plan, factored: Factored) -> dict[str, Tensor]:
+    """project_factored and subgradients at once, for less than the two."""
 
-    Of a layer that the plan decomposes it is taken over the ranks it keeps. Without a plan nothing is projected.
+    def compute() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        low, own = {}, {}
+        for owned in _owned(planner, plan, factored):
+            projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
+            own[owned.name] = owned.as_weight(term)
+            if owned.rank is not None:
+                low[owned.name] = owned.as_weight(projected)
+        return low, own
+
+    low, own = planner.team.together(compute)
+    _write(planner, plan, low)
+    return _gathered(planner, own)
+
+
+@torch.no_grad()
+def subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
+    """For each considered layer U V^T in the shape of its weight; every process of the team computes those it owns.
+
+    Of a layer that the plan decomposes it is taken over the ranks it keeps, of others over all.
     """
-    low, own = {}, {}
-    for owned in _owned(planner, plan, factored):
-        projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
-        own[owned.name] = owned.as_weight(term)
-        if owned.rank is not None:
-            low[owned.name] = owned.as_weight(projected)
-    planner.team.publish(_weights(planner, plan.decomposed if plan else ()), low, planner.owner)
-    terms = {name: torch.empty_like(weight) for name, weight in _weights(planner, planner.layers).items()}
+
+    def compute() -> dict[str, Tensor]:
+        return {
+            owned.name: owned.as_weight(linalg.nuclear_subgradient(owned.stack, owned.basis, owned.rank))
+            for owned in _owned(planner, plan, factored)
+        }
+
+    return _gathered(planner, planner.team.together(compute))
+
+
+def _write(planner: Planner, plan: Plan, low: Mapping[str, Tensor]) -> None:
+    weights = planner.weights()
+    planner.team.publish({name: weights[name] for name in plan.decomposed}, low, planner.owner)
+
+
+def _gathered(planner: Planner, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    terms = {name: torch.empty_like(weight) for name, weight in planner.weights().items()}
     planner.team.publish(terms, own, planner.owner)
     return terms
-
-
-def _weights(planner: Planner, names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: planner.layers[name].module.get_parameter("weight") for name in names}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from rankprune.cost import Inputs
 from rankprune.decompose import decompose
-from rankprune.distributed import Team, is_sharded
+from rankprune.distributed import Team, is_sharded, reshard, sharded_like
 from rankprune.errors import RankPruneError
 from rankprune.layers import unwrap
 from rankprune.optimizer_step import add_to_gradients, after_closure, has_closure, overflowed
 from rankprune.plan import Plan
 from rankprune.planner import Factored, Planner
-from rankprune.projection import project_factored, project_with_subgradients
+from rankprune.projection import project_factored, project_with_subgradients, subgradients
 from rankprune.ranks import RankRule
 from rankprune.stopwatch import Stopwatch
 from rankprune.survey import Key
@@ -140,7 +140,7 @@ class TRP:
         if optimizer in _ATTACHED:
             raise RankPruneError("another TRP is attached to this optimizer; call detach() on it first")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, layer in self._planner.layers.items() if id(layer.module.get_parameter("weight")) not in held]
+        missing = [name for name, weight in self._planner.weights().items() if id(weight) not in held]
         if missing:
             raise RankPruneError(
                 f"the optimizer does not hold the weights of {len(missing)} of {len(self._planner.layers)} layers "
@@ -174,13 +174,14 @@ class TRP:
 
         def add() -> None:
             with self._stopwatch.running():
-                layers = self._planner.layers
-                terms = {layers[n].module.get_parameter("weight"): term for n, term in self._subgradients.items()}
+                weights = self._planner.weights()
+                terms = {weights[name]: term for name, term in self._subgradients.items()}
                 add_to_gradients(optimizer, terms, self.nuclear)
 
         with self._stopwatch.running():
-            if self.nuclear and self.nuclear_cadence == "step" and not self._subgradients:  # before the first projection
-                self._subgradients = project_with_subgradients(self._planner, None, self._planner.factor())
+            due = self.nuclear_cadence == "step" or self._projected_at == self.steps
+            if self.nuclear and due and not self._subgradients:  # before the first projection, or of a state without them
+                self._subgradients = subgradients(self._planner, self.plan, self._planner.factor())
         if not self._subgradients:
             return None
         if has_closure(args, kwargs):
@@ -256,7 +257,10 @@ class TRP:
 
     @property
     def overhead(self) -> float:
-        """What TRP adds to the training: seconds in its hooks by seconds of everything else, since attach()."""
+        """What TRP adds to the training: seconds in its hooks by seconds of everything else, since attach().
+
+        On a GPU that leaves out adding the nuclear terms to the gradients: only projections wait for the device.
+        """
         return self._stopwatch.overhead
 
     def metrics(self) -> dict[str, float]:
@@ -283,6 +287,7 @@ class TRP:
         Raises:
             RankPruneError: if the weights are sharded and there is no `into`.
         """
+        reshard(self.model)
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
@@ -306,6 +311,7 @@ class TRP:
         It holds what is whole on this process: with several, any of them may save it, and what is left out is computed anew.
         """
         table = None if self._planner.latency is None else self._planner.latency.table
+        alone = self._planner.team.size == 1
         return {
             "steps": self.steps,
             "layers": self._shapes(),
@@ -315,8 +321,12 @@ class TRP:
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [(step, dict(ranks)) for step, ranks in self.history],
             "latency": None if table is None else asdict(table),
-            "subgradients": {name: term.clone() for name, term in self._subgradients.items() if not is_sharded(term)},
-            "starts": self._starts if self._planner.team.size == 1 else {},
+            "subgradients": {
+                name: self._planner.team.whole(term).clone()
+                for name, term in self._subgradients.items()
+                if alone or not is_sharded(term)
+            },
+            "starts": self._starts if alone else {},
         }
 
     def _shapes(self) -> dict[str, list[int]]:
@@ -352,11 +362,9 @@ class TRP:
         self._projected_at, self._annealed = state["projected_at"], state["annealed"]
         self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
+        weights = self._planner.weights()
         self._subgradients = {
-            name: term.to(self._planner.layers[name].module.get_parameter("weight").device).clone()
+            name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
             for name, term in state["subgradients"].items()
         }
-        self._starts = {
-            (name, scheme): start.to(self._planner.layers[name].module.get_parameter("weight").device)
-            for (name, scheme), start in state["starts"].items()
-        }
+        self._starts = {(name, scheme): start.to(weights[name].device) for (name, scheme), start in state["starts"].items()}

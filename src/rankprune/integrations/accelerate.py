@@ -16,7 +16,9 @@ def attach(trp: TRP, accelerator: Accelerator, optimizer: Optimizer) -> TRP:
     """Attach `trp` to an optimizer that `accelerator` prepared, and put its state among those it saves and loads.
 
     Make the TRP from the prepared model, with example_inputs on ``accelerator.device``, and attach it before
-    ``accelerator.load_state``. ``accelerator.log(trp.metrics(), step)`` logs ranks, MACs and overhead to every tracker.
+    ``accelerator.load_state``. Under a budget of latency resume in another order, for attaching times the network unless the
+    state with its times is there: ``accelerator.register_for_checkpointing(trp)``, ``accelerator.load_state(folder)``, and
+    then attach. ``accelerator.log(trp.metrics(), step)`` logs ranks, MACs and overhead to every tracker.
 
     Args:
         trp: attached nowhere yet.
@@ -32,5 +34,6 @@ def attach(trp: TRP, accelerator: Accelerator, optimizer: Optimizer) -> TRP:
     while isinstance(optimizer, AcceleratedOptimizer):  # has no hooks of its own
         optimizer = optimizer.optimizer
     trp.attach(optimizer)
-    accelerator.register_for_checkpointing(trp)
+    if not any(known is trp for known in accelerator._custom_objects):  # registered twice, it would be saved twice
+        accelerator.register_for_checkpointing(trp)
     return trp

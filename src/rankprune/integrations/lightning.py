@@ -5,6 +5,7 @@ from typing import Any
 from rankprune.errors import MissingExtraError
 from rankprune.integrations.callback import OwnsTRP
 from rankprune.layers import unwrap
+from rankprune.trp import TRP
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,7 +43,7 @@ class TRPCallback(OwnsTRP, Callback):
         self._restored = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the TRP, or take that of an earlier fit of this module, and attach it."""
+        """Make the TRP, or take that of an earlier fit of this module, in the state of the checkpoint, and attach it."""
         part = pl_module.get_submodule(self.submodule)
         trp = self.trp
         if trp is None or trp.model is not unwrap(part):
@@ -52,24 +53,25 @@ class TRPCallback(OwnsTRP, Callback):
             total_steps = trainer.estimated_stepping_batches if self.needs_length else 0
             trp = self.start(part, total_steps, trainer.precision_plugin.convert_input(inputs))
         self.stop()  # an earlier fit may have ended with no word
-        trp.attach(trainer.optimizers[self.optimizer])
-        self._restore()
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._go_on(trp, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the state under those strategies that load their checkpoints only now."""
-        self._restore()
+        """Attach under those strategies that load their checkpoints only after on_fit_start."""
+        if self.trp is not None and trainer.strategy.restore_checkpoint_after_setup:
+            self._go_on(self.trp, trainer)
 
-    def _restore(self) -> None:
-        if self.trp is not None and self._restored is not None:
-            self.trp.load_state_dict(self._restored)
+    def _go_on(self, trp: TRP, trainer: Trainer) -> None:
+        if self._restored is not None:
+            trp.load_state_dict(self._restored)  # before attach, which would time the network
             self._restored = None
+        trp.attach(trainer.optimizers[self.optimizer])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, where Lightning does."""
-        every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        if self.trp is not None and every and trainer.global_step % every == 0:
+        if self.trp is not None and trainer._logger_connector.should_update_logs:  # log_dict takes 1 ms for each of the metrics
             pl_module.log_dict(self.trp.metrics())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
