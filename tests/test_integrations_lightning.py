@@ -143,15 +143,19 @@ def test_resumed_without_timing_again(
     toy.same_weights(resumed, module)
 
 
+class TwoOptimizers(Lit):
+    """Steps them by hand, in training_step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [toy.sgd(self.features), toy.sgd(self.head)]
+
+
 def test_metrics_are_logged_where_optimizers_step_at_different_rates(tmp_path: Path) -> None:
-    class Two(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-            return [toy.sgd(self.features), toy.sgd(self.head)]
-
+    class Two(TwoOptimizers):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
             self.manual_backward(self(**batch)["loss"])
             self.log("own", 1.0)
@@ -239,14 +243,7 @@ def test_the_example_is_the_modules_own_unless_given() -> None:
 
 
 def test_one_part_of_the_module_and_the_second_of_its_optimizers() -> None:
-    class Two(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-            return [toy.sgd(self.features), toy.sgd(self.head)]
-
+    class Two(TwoOptimizers):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
             loss = self(**batch)["loss"]
             self.manual_backward(loss)
