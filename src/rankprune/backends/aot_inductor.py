@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, tensors, with_open_batch
+from rankprune.backends.base import FileBackend, Program, export_arguments, tensors
 from rankprune.cost import Inputs, call
 
 
@@ -20,10 +20,7 @@ class AotInductor(FileBackend):
     ranks = 6
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
-        args, kwargs = arguments(x)
-        shapes = None
-        if dynamic_batch:
-            args, kwargs, shapes = with_open_batch(x, torch.export.Dim("batch", min=1))
+        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 

@@ -181,18 +181,20 @@ def tensors(values: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-def with_open_batch(x: Inputs, size: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Arguments for torch.export with the first axis of all tensors named `size`, and the dynamic_shapes that say so.
+def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional and keyword arguments for torch.export, and its dynamic_shapes, in which `batch` is every tensor's first axis.
 
-    A batch of one is doubled, for torch.export would take it for a constant.
+    A batch of one is doubled, for torch.export would take it for a constant. With None for `batch` no axis is open.
     """
+    args, kwargs = arguments(x)
+    if batch is None:
+        return args, kwargs, None
 
     def at_least_two(a: Any) -> Any:
         return torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
 
     def shape(a: Any) -> dict[int, Any] | None:
-        return {0: size} if isinstance(a, Tensor) and a.dim() else None
+        return {0: batch} if isinstance(a, Tensor) and a.dim() else None
 
-    args, kwargs = arguments(x)
     args, kwargs = tuple(map(at_least_two, args)), {name: at_least_two(a) for name, a in kwargs.items()}
     return args, kwargs, {name: shape(a) for name, a in kwargs.items()} if kwargs else tuple(map(shape, args))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, tensors, with_open_batch
+from rankprune.backends.base import FileBackend, Program, arguments, export_arguments, tensors
 from rankprune.cost import Inputs
 from rankprune.errors import MissingExtraError, RankPruneError
 
@@ -34,10 +34,7 @@ class OnnxRuntime(FileBackend):
             raise MissingExtraError("onnxscript", self.extra) from error
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
-        args, kwargs = arguments(x)
-        shapes = None
-        if dynamic_batch:
-            args, kwargs, shapes = with_open_batch(x, torch.export.Dim("batch"))
+        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             torch.onnx.export(

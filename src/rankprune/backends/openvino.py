@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, tensors, with_open_batch
+from rankprune.backends.base import FileBackend, Program, export_arguments, tensors
 from rankprune.cost import Inputs
 
 
@@ -22,10 +22,7 @@ class OpenVino(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         import openvino
 
-        args, kwargs = arguments(x)
-        shapes = None
-        if dynamic_batch:
-            args, kwargs, shapes = with_open_batch(x, torch.export.Dim("batch"))
+        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # OpenVINO's decompositions use what torch deprecates
             converted = openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))

@@ -100,22 +100,7 @@ def bench_latency(
         }
         for t in found.timings
     ]
-    show_table(
-        f"{model} on {input}, {_count(threads)} threads",
-        ["network", "backend", "ms", "spread", "faster", "predicted", "fewer MACs"],
-        [
-            (
-                r["network"],
-                r["backend"],
-                f"{r['ms']:.2f}",
-                f"{r['spread']:.0%}",
-                f"{r['speedup']:.2f}x",
-                "" if r["predicted_speedup"] is None else f"{r['predicted_speedup']:.2f}x",
-                f"{r['macs_speedup']:.2f}x",
-            )
-            for r in rows
-        ],
-    )
+    _show_rows(f"{model} on {input}, {_count(threads)} threads", rows)
     for text, name, used in predicted:
         say(f"{text}: predicted {predicted[text, name, used]:.2f}x in {name} with {used} threads, which is not measured here")
     for name, reason in found.failed.items():
@@ -148,3 +133,22 @@ def _show_curve(title: str, curve: list[CurvePoint], plot: Path | None) -> None:
     if plot is not None:
         plot_layer(plot, curve, title)
         say(f"plot    {plot}")
+
+
+def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    show_table(
+        title,
+        ["network", "backend", "ms", "spread", "faster", "predicted", "fewer MACs"],
+        [
+            (
+                r["network"],
+                r["backend"],
+                f"{r['ms']:.2f}",
+                f"{r['spread']:.0%}",
+                f"{r['speedup']:.2f}x",
+                "" if r["predicted_speedup"] is None else f"{r['predicted_speedup']:.2f}x",
+                f"{r['macs_speedup']:.2f}x",
+            )
+            for r in rows
+        ],
+    )
