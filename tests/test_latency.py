@@ -276,14 +276,15 @@ def test_threads_that_a_backend_does_not_take_are_refused(monkeypatch: pytest.Mo
     assert "threads=2" in compare({"dense": model}, x, ["timeless"], threads=2).failed["timeless"]
 
 
-@pytest.mark.filterwarnings("ignore::rankprune.NoisyMeasurementWarning")
-def test_a_real_backend_from_measuring_to_training() -> None:
+def test_a_real_backend_from_measuring_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_clock.add(monkeypatch, own_clock.TimedEager())
+
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4))
 
     def trainer(model: nn.Module) -> tuple[rp.TRP, torch.optim.Optimizer]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        return rp.TRP(model, rule=rp.Budget(latency=0.95), every=2, ramp=4, example_inputs=x).attach(optimizer), optimizer
+        return rp.TRP(model, rule=rp.Budget(latency=0.6), every=2, ramp=4, example_inputs=x).attach(optimizer), optimizer
 
     x, model = torch.randn(256, 512), build()
     trp, optimizer = trainer(model)
@@ -296,7 +297,7 @@ def test_a_real_backend_from_measuring_to_training() -> None:
     assert trp.plan is not None
     assert trp.plan.ms is not None
     assert trp.plan.ms_dense is not None
-    assert trp.plan.ms <= 0.95 * trp.plan.ms_dense
+    assert trp.plan.ms <= 0.6 * trp.plan.ms_dense
 
 
 def test_channels_last_and_bfloat16_are_other_settings(folder: Path) -> None:
