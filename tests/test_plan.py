@@ -223,7 +223,7 @@ def test_a_plan_survives_json(plan: rp.Plan, tmp_path: Path) -> None:
 
 def test_the_json_form_is_fixed(plan: rp.Plan) -> None:
     data = json.loads(plan.to_json())
-    keys = "format layers macs_dense params_dense scheme rule uncounted ms_dense setting input_shapes"
+    keys = "format layers macs_dense params_dense scheme rule uncounted ms_dense ms_measured setting input_shapes"
     assert list(data) == keys.split()
     assert data["format"] == 1
     assert data["rule"] == "Budget(macs=0.5)"

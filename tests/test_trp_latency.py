@@ -1,6 +1,7 @@
 """Training under a budget of latency: when, how often and by whom times are measured."""
 
 import copy
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,22 @@ def test_a_state_of_other_times_is_refused() -> None:
         with pytest.raises(rp.RankPruneError, match="this state goes by times measured as"):
             trp.load_state_dict(other)
         assert trp.steps == 0
+
+
+def test_a_state_of_other_inputs_or_ranks_is_refused() -> None:
+    state = trained(1)[2].state_dict()
+    rule = rp.Budget(latency=0.5, backend="timeless")
+    with pytest.raises(rp.RankPruneError, match=r"measured on inputs of \[\(2, 3, 4, 4\)\], not of \[\(6, 3, 4, 4\)\]"):
+        rp.TRP(network(), rule=rule, every=EVERY, example_inputs=X.repeat(3, 1, 1, 1)).load_state_dict(state)
+    with pytest.raises(rp.RankPruneError, match="times of other layers or at other ranks"):
+        make(network(), round_to=7).load_state_dict(state)
+
+
+def test_times_go_through_json() -> None:
+    _, _, trp = trained(3)
+    state, trp2 = trp.state_dict(), make(network())
+    trp2.load_state_dict({**state, "latency": json.loads(json.dumps(state["latency"]))})
+    assert table_of(trp2) == table_of(trp)
 
 
 def test_times_from_elsewhere_are_kept_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

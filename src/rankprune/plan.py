@@ -44,7 +44,7 @@ class Plan:
 
     `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here. Where the rule
     goes by latency, `ms_dense` is how long the dense model was measured to take, in this `setting` and on inputs of these
-    `input_shapes`.
+    `input_shapes`, and `ms_measured` how long it took decomposed like this, with random weights, if that was timed.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -54,6 +54,7 @@ class Plan:
     rule: str
     uncounted: tuple[str, ...] = ()
     ms_dense: float | None = None
+    ms_measured: float | None = None
     setting: Setting | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
 
@@ -155,7 +156,9 @@ class Plan:
         lines.append(f"params {self.params_dense:,} > {self.params:,} ({self.params_dense / self.params:.2f}x fewer)")
         if self.ms is not None and self.ms_dense:
             where = "" if self.setting is None else f"; {_where(self.setting)}, {_shapes(self.input_shapes)}"
-            lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({self.ms_dense / self.ms:.2f}x faster, predicted{where})")
+            measured = "" if self.ms_measured is None else f", measured {self.ms_measured:.2f}"
+            faster = f"{self.ms_dense / self.ms:.2f}x faster"
+            lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({faster}, predicted{measured}{where})")
         return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.backends import backend_named
-from rankprune.backends.base import tensors
 from rankprune.budget import Budget
 from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
@@ -21,6 +20,9 @@ from rankprune.plan import LayerPlan, Plan
 from rankprune.ranks import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
 from rankprune.survey import Key, Option, subject, survey
+
+_TRIALS = 3
+"""How often at most a network is timed as it would be decomposed."""
 
 
 @dataclass
@@ -88,7 +90,6 @@ class Planner:
         else:
             self._choose_flat()
         self._share_out(Team.alone())
-        self._input_shapes = tuple(tuple(t.shape) for t in tensors(example_inputs))
         layers = {key: (o.layer.module, o.scheme) for key, o in self._flat.items()}
         self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
 
@@ -169,6 +170,7 @@ class Planner:
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         entries = tuple(decided.get(name, entry) for name, entry in self.survey.dense.items())
         whole, table = self.survey.cost, None if self.latency is None else self.latency.known
+        measured = None if table is None else table.measured_ns(_variant(choices))
         return Plan(
             layers=entries,
             macs_dense=whole.macs,
@@ -177,14 +179,25 @@ class Planner:
             rule=repr(self.rule),
             uncounted=self.survey.uncounted,
             ms_dense=None if table is None else table.network_ns / 1e6,
+            ms_measured=None if measured is None else measured / 1e6,
             setting=None if table is None else table.setting,
-            input_shapes=() if table is None else self._input_shapes,
+            input_shapes=() if table is None else table.input_shapes,
         )
 
     def correct_latency(self, factored: Factored) -> None:
-        """Where the rule goes by latency, time the network as it would be decomposed now, and set its times right by that."""
-        if self.latency is not None:
-            self.latency.correct(self.team, _variant(self._settle(factored, self.rule)[1]))
+        """Where the rule goes by latency, time the network as it would be decomposed now, and set its times right by that.
+
+        The rule may then choose otherwise: so again, a few times at most, until what it chooses has been timed.
+
+        Raises:
+            RankPruneError: if the budget cannot be met by the times set right.
+        """
+        if self.latency is None:
+            return
+        for _ in range(_TRIALS):
+            variant = _variant(self._settle(factored, self.rule)[1])
+            if self.latency.known.measured_ns(variant) is not None or not self.latency.correct(self.team, variant):
+                break
 
     def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
         """_choose, with as much factored as the choice needs."""

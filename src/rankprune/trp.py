@@ -241,8 +241,8 @@ class TRP:
         if latency is None:
             return
         table = latency.table
-        self._planner.correct_latency(factored)
         try:
+            self._planner.correct_latency(factored)
             self._planner.plan(factored)
         except RankPruneError as error:  # no reason to give a training up
             latency.table = table

@@ -25,23 +25,26 @@ def cache_folder() -> Path:
 class LatencyCache:
     """The measurements of one setting, by a text that says what was measured.
 
-    Those of this process are remembered, and those that are calm are kept in a file, written after every one.
+    Calm ones are remembered in this process and kept in a file, written after every one; others only as long as this object.
     """
 
     _remembered: ClassVar[dict[tuple[Path, str], dict[str, Any]]] = {}
 
     def __init__(self, setting: Mapping[str, Any]) -> None:
         self.setting = dict(setting)
+        self._noisy: dict[str, dict[str, Any]] = {}
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:12]
         self.path = cache_folder() / f"latency-{self.setting['backend']}-{digest}.json"
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is known under this key, or else what `measure` returns, kept unless its "spread" is too large."""
-        known = self._remembered.get((self.path, key)) or self._read().get(key)
+        known = self._noisy.get(key) or self._remembered.get((self.path, key)) or self._read().get(key)
         if known is None:
             known = {**measure(), "date": date.today().isoformat()}
-            if known["spread"] <= NOISY:
-                self._write({**self._read(), key: known})  # another process may have written meanwhile
+            if known["spread"] > NOISY:
+                self._noisy[key] = known
+                return known
+            self._write({**self._read(), key: known})  # another process may have written meanwhile
         self._remembered[self.path, key] = known
         return known
 

@@ -66,10 +66,16 @@ class LayerTimes:
     dense_ns: int
     pair_ns: Mapping[str, Mapping[int, int]]
 
-    def scaled(self, factor: float) -> "LayerTimes":
-        """Times that are this many times as long."""
-        pairs = {scheme: {rank: round(ns * factor) for rank, ns in ranks.items()} for scheme, ranks in self.pair_ns.items()}
+    def scaled(self, factor: float, overhead_ns: float = 0.0) -> "LayerTimes":
+        """Times that are this many times as long, and pairs' longer by an overhead."""
+        pairs = {s: {rank: round(ns * factor + overhead_ns) for rank, ns in ranks.items()} for s, ranks in self.pair_ns.items()}
         return LayerTimes(round(self.dense_ns * factor), pairs)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "LayerTimes":
+        """The inverse of dataclasses.asdict, also after JSON, which makes ranks text."""
+        pairs = {scheme: {int(rank): ns for rank, ns in ranks.items()} for scheme, ranks in values["pair_ns"].items()}
+        return cls(values["dense_ns"], pairs)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,10 @@ class Meter:
 
     def layer(self, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
         """A layer with `tail` behind, over all its calls."""
-        text = f"{subject.module} {[str(m) for m in tail]} { {s.name: list(ranks) for s, ranks in subject.ranks.items()} }"
+        kind = str(subject.module.get_parameter("weight").dtype).removeprefix("torch.")
+        text = (
+            f"{subject.module} {kind} {[str(m) for m in tail]} { {s.name: list(ranks) for s, ranks in subject.ranks.items()} }"
+        )
         calls = [
             self._known(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
             for shape in subject.input_shapes
@@ -127,23 +136,23 @@ class Meter:
         logger.info("%s: %d variants of %s in %.0f s", self._backend.name, len(ms), subject.module, time.perf_counter() - began)
         return {"dense": found[""], "pairs": by_scheme, "spread": noise}
 
-    def network(
-        self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
-    ) -> dict[str, Any]:
-        """The dense network and its variants: {"dense": ms, "decomposed": [ms, ...]}."""
+    def network(self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]) -> list[int]:
+        """Nanoseconds of the dense network and of its variants."""
 
         def measure() -> dict[str, Any]:
             networks = [model]
             for variant in variants:
                 pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
                 networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs).eval())
-            (dense, *small), noise = self._time(networks, x)
-            return {"dense": dense, "decomposed": small, "spread": noise}
+            ms, noise = self._time(networks, x)
+            return {"ms": ms, "spread": noise}
 
-        shapes = [tuple(t.shape) for t in tensors(x)]
+        inputs = [(tuple(t.shape), t.stride(), t.dtype) for t in tensors(x)]
+        types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
         kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
-        digest = hashlib.sha256(f"{kind} {model} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
-        return self._known(f"{type(model).__name__} {digest} on {shapes}", measure)
+        digest = hashlib.sha256(f"{kind} {model} {types} {inputs} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
+        found = self._known(f"{type(model).__name__} {digest} on {[shape for shape, *_ in inputs]}", measure)
+        return [round(ms * 1e6) for ms in found["ms"]]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = self.cache.get(key, measure)
@@ -151,12 +160,12 @@ class Meter:
         return found
 
     def _time(self, models: Sequence[nn.Module], x: Inputs) -> tuple[list[float], float]:
-        """The models' medians, and the spread of the first one's times; of several tries the calmest."""
+        """The models' medians, and the median of their spreads; of several tries the calmest."""
         programs, x = self._backend.load_each(models, x), self._backend.placed(x)
         best: tuple[list[float], float] | None = None
         for _ in range(_TRIES):
             found = time_together(programs, x)
-            noise = spread(found[0])
+            noise = statistics.median(map(spread, found))
             if best is None or noise < best[1]:
                 best = [statistics.median(values) for values in found], noise
             if noise <= NOISY / 2:

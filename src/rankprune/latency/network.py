@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from rankprune.backends import backend_named
+from rankprune.backends.base import tensors
 from rankprune.cost import Inputs
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
@@ -46,7 +47,7 @@ class NetworkLatency:
         """Have a table: the first process's, which measures it if it has none, while the others wait.
 
         Args:
-            choose: what the rule would make of the network at such times; the table is set right by that.
+            choose: what the rule would make of the network at such times; that is tried as well.
 
         Raises:
             RankPruneError: on all processes if one fails, and if the weights are sharded.
@@ -71,8 +72,11 @@ class NetworkLatency:
 
         self.table = _of_first(team, measured)
 
-    def correct(self, team: Team, variant: Variant) -> None:
+    def correct(self, team: Team, variant: Variant) -> bool:
         """Set the table right by the network with these pairs, which the first process times while the others wait.
+
+        Returns:
+            Whether it could be timed.
 
         Raises what `measure` does.
 
@@ -92,19 +96,32 @@ class NetworkLatency:
                 return table
             return correct_table(table, self._model, self._x, self._subjects, variant)
 
-        self.table = _of_first(team, corrected)
+        before, self.table = self.table, _of_first(team, corrected)
+        return self.table != before
 
     def load(self, values: Mapping[str, Any]) -> None:
         """Have the table whose dataclasses.asdict this is, wherever it was measured.
 
         Raises:
-            RankPruneError: if it is of another backend, dtype or number of threads.
+            RankPruneError: if it is of another backend, dtype or number of threads, or for other inputs, layers or ranks.
         """
         table = LatencyTable.of(values)
         there, dtype = table.setting, str(next(self._model.parameters()).dtype).removeprefix("torch.")
         if (there.backend, there.dtype, there.threads) != (self._backend, dtype, self._threads or there.threads):
             here = f"{self._backend} in {dtype}" + (f" on {self._threads} threads" if self._threads else "")
             raise RankPruneError(f"this state goes by times measured as {there}, not by {here}; give the same rule and dtype")
+        shapes = tuple(tuple(t.shape) for t in tensors(self._x))
+        if table.input_shapes != shapes:
+            raise RankPruneError(
+                f"this state goes by times measured on inputs of {list(table.input_shapes)}, not of {list(shapes)}; give "
+                "example_inputs of the same shapes"
+            )
+        tried = {name: {s.name: set(ranks) for s, ranks in subject.ranks.items()} for name, subject in self._subjects.items()}
+        if tried != {name: {s: set(ranks) for s, ranks in times.pair_ns.items()} for name, times in table.alone.items()}:
+            raise RankPruneError(
+                "this state goes by times of other layers or at other ranks; give the same model, scheme, include, exclude and "
+                "round_to"
+            )
         self.table = table
 
     @property

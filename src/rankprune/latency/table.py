@@ -8,14 +8,20 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from rankprune.backends.base import tensors
 from rankprune.cost import Inputs
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant
+
+_LEAST_SHARE = 0.05
+_NEWEST = 100.0
+"""How much more than another the last trial weighs: it is nearest to what the rule will choose."""
 
 
 class NoisyMeasurementWarning(UserWarning):
@@ -23,40 +29,79 @@ class NoisyMeasurementWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class LatencyTable:
-    """Nanoseconds of a network and of its layers.
+class Trial:
+    """Nanoseconds of a network with some layers replaced, timed beside the dense one."""
 
-    With some layers replaced, the network takes as much less as the sum of their differences. `share` is how much of what
-    layers save by themselves arrives in the network; it is in the layers' times already.
+    variant: Variant
+    dense_ns: int
+    ns: int
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Times of a network, and of its layers by themselves.
+
+    With some layers replaced, the network saves `share` of what these layers save by themselves, less `overhead_ns` for each.
+    Both are fitted to `trials`, of which the last one weighs most.
     """
 
     setting: Setting
-    network_ns: int
-    layers: Mapping[str, LayerTimes]
-    share: float
+    input_shapes: tuple[tuple[int, ...], ...]
+    alone: Mapping[str, LayerTimes]
+    trials: tuple[Trial, ...] = ()
+    share: float = 1.0
+    overhead_ns: float = 0.0
 
-    def saved_ns(self, variant: Variant) -> int:
-        """What the network takes less with these pairs."""
-        layers = self.layers
-        return sum(layers[name].dense_ns - layers[name].pair_ns[scheme][rank] for name, (scheme, rank) in variant.items())
+    @property
+    def network_ns(self) -> int:
+        """What the dense network takes."""
+        return self.trials[-1].dense_ns
 
-    def with_share(self, share: float) -> "LatencyTable":
-        """The same measurements under another share."""
-        layers = {name: times.scaled(share / self.share) for name, times in self.layers.items()}
-        return replace(self, layers=layers, share=share)
+    @cached_property
+    def layers(self) -> dict[str, LayerTimes]:
+        """What each layer adds to the network's time."""
+        return {name: times.scaled(self.share, self.overhead_ns) for name, times in self.alone.items()}
+
+    def measured_ns(self, variant: Variant) -> int | None:
+        """What the network takes with these layers replaced, if that was timed."""
+        found = next((trial for trial in reversed(self.trials) if trial.variant == variant), None)
+        return None if found is None else round(found.ns / found.dense_ns * self.network_ns)
+
+    def after(self, trials: Sequence[Trial]) -> "LatencyTable":
+        """The table with these trials as well, fitted to all."""
+        trials = (*self.trials, *trials)
+        dense = trials[-1].dense_ns
+        alone = [self._saved_alone(trial.variant) for trial in trials]
+        arrived = [dense * (1 - trial.ns / trial.dense_ns) for trial in trials]
+        share, overhead = _fit(alone, [len(trial.variant) for trial in trials], arrived)
+        return replace(self, trials=trials, share=share, overhead_ns=overhead)
+
+    def _saved_alone(self, variant: Variant) -> int:
+        """What these layers save by themselves."""
+        pairs = ((self.alone[name], scheme, rank) for name, (scheme, rank) in variant.items())
+        return sum(times.dense_ns - times.pair_ns[scheme][rank] for times, scheme, rank in pairs)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "LatencyTable":
-        """The inverse of dataclasses.asdict."""
-        layers = {name: LayerTimes(**times) for name, times in values["layers"].items()}
-        return cls(Setting(**values["setting"]), values["network_ns"], layers, values["share"])
+        """The inverse of dataclasses.asdict, also after JSON."""
+        return cls(
+            Setting(**values["setting"]),
+            tuple(map(tuple, values["input_shapes"])),
+            {name: LayerTimes.of(times) for name, times in values["alone"].items()},
+            tuple(
+                Trial({name: (scheme, rank) for name, (scheme, rank) in t["variant"].items()}, t["dense_ns"], t["ns"])
+                for t in values["trials"]
+            ),
+            values["share"],
+            values["overhead_ns"],
+        )
 
 
 def ranks_to_try(largest: int, count: int, multiple: int = 1) -> list[int]:
     """About `count` ranks up to `largest`, all multiples of `multiple`.
 
-    They are multiples of a power of two, which take less time than their neighbours in all that we measured, and below the
-    first its halves, to 8.
+    They are multiples of a power of two, and below the first its halves, to 8: spatial pairs in ONNX Runtime take less time at
+    multiples of 16 than at their neighbours; elsewhere it is a grid like another.
     """
     step = math.lcm(multiple, 2 ** max(0, round(math.log2(max(largest, 1) / count))))
     low = [rank for rank in (step // 8, step // 4, step // 2) if rank >= 8 and rank % multiple == 0]
@@ -78,20 +123,20 @@ def measure_table(
     """
     with Meter.metering(model, backend, threads) as meter:
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
-        layers = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
-        table = LatencyTable(meter.setting, 0, layers, 1.0)
-        return _corrected(table, meter, model, x, subjects, [_near(layers, part) for part in (0.5, 0.25)])
+        alone = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
+        table = LatencyTable(meter.setting, tuple(tuple(t.shape) for t in tensors(x)), alone)
+        return _after(table, meter, model, x, subjects, _first_variants(alone))
 
 
 def correct_table(
     table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variant: Variant
 ) -> LatencyTable:
-    """The table with the share that is right for `variant`, timed beside the dense network. Raises what measure_table does."""
+    """The table after a trial of `variant`. Raises what measure_table does."""
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        return _corrected(table, meter, model, x, subjects, [variant])
+        return _after(table, meter, model, x, subjects, [variant])
 
 
-def _corrected(
+def _after(
     table: LatencyTable,
     meter: Meter,
     model: nn.Module,
@@ -99,7 +144,7 @@ def _corrected(
     subjects: Mapping[str, Subject],
     variants: Sequence[Variant],
 ) -> LatencyTable:
-    found = meter.network(model, x, subjects, variants)
+    dense, *decomposed = meter.network(model, x, subjects, variants)
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
         warnings.warn(
@@ -109,11 +154,7 @@ def _corrected(
             NoisyMeasurementWarning,
             stacklevel=2,
         )
-    expected = [table.saved_ns(variant) / table.share / 1e6 for variant in variants]
-    weight = sum(saving**2 for saving in expected)  # least squares of: arrived = share * expected
-    arrived = [found["dense"] - ms for ms in found["decomposed"]]
-    share = sum(a * b for a, b in zip(expected, arrived, strict=True)) / weight if weight else table.share
-    return replace(table.with_share(max(share, 0.05)), network_ns=round(found["dense"] * 1e6))
+    return table.after([Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)])
 
 
 def measure_layer(
@@ -122,6 +163,14 @@ def measure_layer(
     """Time one layer of a model by itself. Raises what measure_table does."""
     with Meter.metering(model, backend, threads) as meter:
         return meter.layer(subject, followers(model, x, {name: subject.module})[name])
+
+
+def _first_variants(alone: Mapping[str, LayerTimes]) -> list[Variant]:
+    """All layers that a pair makes faster at a quarter of their time and at half, and those that then save most at half."""
+    quarter, half = (_near(alone, part) for part in (0.25, 0.5))
+    saved = {name: alone[name].dense_ns - alone[name].pair_ns[scheme][rank] for name, (scheme, rank) in half.items()}
+    most = sorted(saved, key=saved.__getitem__, reverse=True)[: -(-len(saved) // 2)]
+    return [quarter, {name: half[name] for name in half if name in most}, half]
 
 
 def _near(layers: Mapping[str, LayerTimes], part: float) -> Variant:
@@ -133,3 +182,27 @@ def _near(layers: Mapping[str, LayerTimes], part: float) -> Variant:
             scheme, rank, _ = min(options, key=lambda option: abs(option[2] - part * times.dense_ns))
             found[name] = (scheme, rank)
     return found
+
+
+def _fit(alone: Sequence[float], replaced: Sequence[float], arrived: Sequence[float]) -> tuple[float, float]:
+    """The share and overhead, by least squares of arrived = share * alone - overhead * replaced.
+
+    The share is at least 0.05, the overhead at least 0, and just that where trials do not tell the two apart.
+    """
+    weights = [1.0] * (len(arrived) - 1) + [_NEWEST]
+
+    def product(x: Sequence[float], y: Sequence[float]) -> float:
+        return sum(map(math.prod, zip(weights, x, y, strict=True)))
+
+    square, cross, other = product(alone, alone), product(alone, replaced), product(replaced, replaced) * (1 + 1e-6)
+    with_alone, with_replaced = product(alone, arrived), product(replaced, arrived)
+    determinant = square * other - cross**2
+    if not determinant:  # nothing was replaced
+        return 1.0, 0.0
+    share = (with_alone * other - cross * with_replaced) / determinant
+    overhead = (with_alone * cross - square * with_replaced) / determinant
+    if share < _LEAST_SHARE:
+        share, overhead = _LEAST_SHARE, (_LEAST_SHARE * cross - with_replaced) / other
+    if overhead < 0:
+        share, overhead = max(_LEAST_SHARE, with_alone / square), 0.0
+    return share, overhead
