@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.backends.base import reason_of
+from rankprune.export import _difference
 
 
 def small_network() -> tuple[nn.Module, torch.Tensor]:
@@ -35,6 +37,71 @@ def test_keyword_inputs(tmp_path):
 
     x = {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
     assert rp.export_onnx(Named(), x, tmp_path / "named.onnx", dynamic_batch=False) < 1e-5
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, more: dict | list) -> torch.Tensor:
+        other = more["other"][0] if isinstance(more, dict) else more[0]
+        return self.linear(x) + other
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("form", [lambda other: [other, None], lambda other: {"other": (other,)}], ids=["list", "dict"])
+def test_nested_inputs_and_their_open_batch(tmp_path, form, count):
+    model = Nested()
+    rp.export_onnx(model, (torch.randn(count, 4), form(torch.randn(count, 3))), tmp_path / "nested.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "nested.onnx")
+    x, other = torch.randn(7, 4), torch.randn(7, 3)
+    feed = {slot.name: a.numpy() for slot, a in zip(session.get_inputs(), (x, other), strict=True)}
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), model(x, form(other)).detach())
+
+
+class Masked(nn.Module):
+    """Logits that are minus infinity where they may not be chosen, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x).masked_fill(torch.tensor([False, True, False, False]), -torch.inf), x[:, :0]
+
+
+def test_infinite_and_empty_outputs_are_compared_too(tmp_path):
+    assert rp.export_onnx(Masked(), torch.randn(2, 4), tmp_path / "masked.onnx") < 1e-5
+
+
+def test_outputs_of_other_shapes_or_infinities_differ():
+    expected = torch.tensor([1.0, -torch.inf])
+    assert _difference(expected, expected.clone()) == 0
+    assert _difference(expected, torch.tensor([1.1, -torch.inf])) == pytest.approx(0.1)
+    for other in ([1.0, torch.inf], [torch.inf, -torch.inf], [1.0, 0.0], [1.0, torch.nan]):
+        assert not _difference(expected, torch.tensor(other)) <= 1e6
+    with pytest.raises(rp.ExportError, match=r"an output of shape \[2\] became one of \[1, 2\]"):
+        _difference(expected, expected[None])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("Exception from src/core.cpp:132:\nException from src/plugin.cpp:53:\nwhat is wrong\n"), "what is wrong"),
+        (
+            ValueError("Failed to export the model with torch.export. \x1b[96mThis is step 1/3\x1b[0m. Next steps:"),
+            "ValueError",
+        ),
+        (ValueError("\x1b[31m\n  this\x1b[0m and that"), "this and that"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_the_reason_is_found_among_the_words(error: Exception, reason: str):
+    assert reason_of(error) == reason
+    outer = RuntimeError("Failed to export the model with torch.export. Next steps:")
+    outer.__cause__ = error
+    assert reason_of(outer) == (reason if reason != type(error).__name__ else "RuntimeError")
 
 
 def test_a_file_that_differs_is_removed(tmp_path):

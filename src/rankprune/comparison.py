@@ -60,7 +60,7 @@ def compare(
             backend = backend_named(name)
             try:
                 with backend.on_threads(threads):
-                    programs = [backend.load(network, x) for network in networks.values()]
+                    programs = backend.load_each(list(networks.values()), x)
                     found = time_together(programs, backend.placed(x), rounds)
             except RankPruneError as error:
                 failed[name] = str(error)

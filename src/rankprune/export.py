@@ -57,14 +57,15 @@ def _export(
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         expected = tensors(call(model, x))
         draft = Path(folder) / path.name
+        open_batch = backend.opens_batch if dynamic_batch is None else dynamic_batch
         try:
-            backend.write(model, x, draft, backend.opens_batch if dynamic_batch is None else dynamic_batch)
+            backend.write(model, x, draft, open_batch)
             found = backend.read(draft)(x)
             differences = [_difference(a, b) for a, b in zip(expected, found, strict=True)]
         except ExportError:
             raise
         except Exception as error:
-            raise refused(model, backend.name, error) from error
+            raise refused(model, backend.name, error, open_batch) from error
         if not all(difference <= tolerance for difference in differences):  # also where one is not a number
             raise ExportError(
                 f"the exported {type(model).__name__} differs from the model by {max(differences):.2e} (relative), more than "
@@ -76,5 +77,11 @@ def _export(
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
-    expected, found = expected.detach().cpu().float(), found.float()
-    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if expected.shape != found.shape:
+        raise ExportError(f"an output of shape {list(expected.shape)} became one of {list(found.shape)}; no file was written")
+    expected, found = expected.detach().cpu().double(), found.double()
+    equal = expected == found  # infinities too
+    if equal.all():
+        return 0.0
+    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-6)
+    return float((expected - found)[~equal].abs().max() / largest)

@@ -22,7 +22,8 @@ class AotInductor(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
 
     def read(self, path: Path) -> Program:
         model = torch._inductor.aoti_load_package(str(path))

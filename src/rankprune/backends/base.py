@@ -1,6 +1,7 @@
 """What a backend is: something that turns a PyTorch model into a program that runs elsewhere, or otherwise."""
 
 import importlib
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from rankprune.cost import Inputs
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.replacement import with_pairs
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_NO_REASON = re.compile(r"^Exception from \S*$|Next steps:$|^Failed to export the model")
 
 Program = Callable[[Inputs], list[Tensor]]
 """Runs a model: inputs as the model is called with -> all tensors in its output, in order."""
@@ -88,13 +92,7 @@ class Backend(ABC):
 
     def placed(self, x: Any) -> Any:
         """Inputs where its programs take them: on the CPU, if they run nowhere else."""
-        if not self.cpu_only:
-            return x
-        if isinstance(x, Tensor):
-            return x.cpu()
-        if isinstance(x, Mapping):
-            return {key: self.placed(value) for key, value in x.items()}
-        return type(x)(map(self.placed, x)) if type(x) in (tuple, list) else x
+        return each_leaf(lambda a: a.cpu() if isinstance(a, Tensor) else a, x) if self.cpu_only else x
 
     def _placed(self, model: nn.Module) -> nn.Module:
         elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
@@ -112,8 +110,12 @@ class Backend(ABC):
     def load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """load() for several models that are called alike; some backends are quicker at many."""
         self.require()
+        x = self.placed(x)
         try:
-            return self._load_each([self._placed(model) for model in models], self.placed(x))
+            programs = self._load_each([self._placed(model) for model in models], x)
+            for program in programs:
+                program(x)  # some refuse only now
+            return programs
         except ExportError:
             raise
         except Exception as error:
@@ -158,12 +160,19 @@ class FileBackend(Backend):
             return self.read(path)
 
 
-def refused(model: nn.Module, backend: str, error: Exception) -> ExportError:
+def refused(model: nn.Module, backend: str, error: Exception, open_batch: bool = False) -> ExportError:
     """The error to raise for another one of a backend's."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ExportError(
-        f"{type(model).__name__} cannot be exported to {backend} ({reason}); try dynamic_batch=False, or export a part of it"
-    )
+    advice = "try dynamic_batch=False, or export a part of it" if open_batch else "use another backend, or export a part of it"
+    return ExportError(f"{type(model).__name__} cannot be exported to {backend} ({reason_of(error)}); {advice}")
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line with a reason in a runtime's error, or in what caused it."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    lines = (_COLOUR.sub("", line).strip() for cause in reversed(causes) for line in str(cause).splitlines())
+    return next((line for line in lines if line and not _NO_REASON.search(line)), type(error).__name__)
 
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,6 +190,15 @@ def tensors(values: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
+    """Inputs, in which the function has replaced all that is no tuple, list or mapping."""
+    if isinstance(values, Mapping):
+        return {key: each_leaf(function, value) for key, value in values.items()}
+    if type(values) in (tuple, list):
+        return type(values)(each_leaf(function, value) for value in values)
+    return function(values)
+
+
 def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional and keyword arguments for torch.export, and its dynamic_shapes, in which `batch` is every tensor's first axis.
 
@@ -196,5 +214,5 @@ def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     def shape(a: Any) -> dict[int, Any] | None:
         return {0: batch} if isinstance(a, Tensor) and a.dim() else None
 
-    args, kwargs = tuple(map(at_least_two, args)), {name: at_least_two(a) for name, a in kwargs.items()}
-    return args, kwargs, {name: shape(a) for name, a in kwargs.items()} if kwargs else tuple(map(shape, args))
+    args, kwargs = each_leaf(at_least_two, args), each_leaf(at_least_two, kwargs)
+    return args, kwargs, each_leaf(shape, kwargs or args)

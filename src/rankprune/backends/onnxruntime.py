@@ -1,7 +1,8 @@
 """ONNX files, and ONNX Runtime on the CPU."""
 
+import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, export_arguments, tensors
+from rankprune.backends.base import FileBackend, Program, arguments, export_arguments, reason_of, tensors
 from rankprune.cost import Inputs
-from rankprune.errors import MissingExtraError, RankPruneError
+from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 
 OPSET = 20
 """The version of ONNX's operators that files are written in."""
@@ -39,9 +40,8 @@ class OnnxRuntime(FileBackend):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             torch.onnx.export(
                 model,
-                args,
+                (*args, kwargs),
                 path,
-                kwargs=kwargs or None,
                 dynamo=True,
                 external_data=False,
                 dynamic_shapes=shapes,
@@ -63,9 +63,7 @@ class OnnxRuntime(FileBackend):
             outputs = [len(tensors(model(*args, **kwargs))) for model in models]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                _SideBySide(models), args, kwargs=kwargs or None, dynamo=True, opset_version=OPSET, verbose=False
-            )
+            exported = torch.onnx.export(_SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
         assert exported is not None
         proto = exported.model_proto
         cut = onnx.utils.Extractor(proto)
@@ -95,10 +93,19 @@ def _program(source: str | bytes) -> Program:
     names = [slot.name for slot in session.get_inputs()]
 
     def program(x: Inputs) -> list[Tensor]:
-        feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors(x), strict=True)}
-        return [torch.from_numpy(a) for a in session.run(None, feed)]
+        return [torch.from_numpy(a) for a in session.run(None, _feed(names, x))]
 
     return program
+
+
+def _feed(names: Sequence[str], x: Inputs) -> dict[str, Any]:
+    """The arrays for inputs of these names: by name where `x` has these names, else in order."""
+    given = tensors(x)
+    if isinstance(x, Mapping) and x.keys() >= set(names):
+        given = tensors([x[name] for name in names])
+    if len(given) != len(names):
+        raise RankPruneError(f"the file takes {len(names)} inputs, {list(names)}; here are {len(given)}")
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, given, strict=True)}
 
 
 def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[Inputs], *, reduce_range: bool = True) -> None:
@@ -114,41 +121,60 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
 
     Raises:
         MissingExtraError: without the packages of the extra "onnx".
-        RankPruneError: if there is no such file, or nothing to calibrate with.
+        RankPruneError: if there is no such file or folder, nothing to calibrate with, or another number of inputs.
+        ExportError: if ONNX Runtime cannot read, run or quantise the file; then none is written.
     """
     try:
+        import onnx
         from onnxruntime import InferenceSession
         from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
-    if not Path(source).is_file():
+    source, path = Path(source), Path(path)
+    if not source.is_file():
         raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
+    if not path.parent.is_dir():
+        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    if isinstance(calibration, Tensor):
+        raise RankPruneError("calibration is one tensor: give a list of batches, each as the model is called with")
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
         raise RankPruneError("calibration is empty: give inputs as the model is called with, some hundred images")
-    names = [slot.name for slot in InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()]
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._inputs = chain([first], batches)
+        def __init__(self, names: Sequence[str]) -> None:
+            self._names, self._inputs = names, chain([first], batches)
 
         def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]
             x = next(self._inputs, None)
-            return None if x is None else {n: t.cpu().numpy() for n, t in zip(names, tensors(x), strict=True)}
+            return None if x is None else _feed(self._names, x)
 
-    prepared = Path(path).with_suffix(".prepared.onnx")
-    quant_pre_process(str(source), str(prepared))
-    try:
-        quantize_static(
-            str(prepared),
-            str(path),
-            Reader(),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,  # times signed weights: x86 has an instruction for that
-            weight_type=QuantType.QInt8,
-            reduce_range=reduce_range,
-        )
-    finally:
-        prepared.unlink()
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        prepared, draft = Path(folder) / "prepared.onnx", Path(folder) / path.name
+        try:
+            names = [slot.name for slot in InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()]
+            quant_pre_process(str(source), str(prepared))
+            quantize_static(
+                str(prepared),
+                str(draft),
+                Reader(names),
+                nodes_to_exclude=[node.name for node in onnx.load(prepared).graph.node if _is_grouped_transposed(node)],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,  # times signed weights: x86 has an instruction for that
+                weight_type=QuantType.QInt8,
+                reduce_range=reduce_range,
+            )
+        except RankPruneError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"{source.name} cannot be quantised ({reason_of(error)}); see that it runs on the calibration"
+            ) from error
+        draft.replace(path)
+
+
+def _is_grouped_transposed(node: Any) -> bool:
+    """Whether ONNX Runtime would confuse its channels where it scales per channel; such a node stays in float32."""
+    return node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
