@@ -16,7 +16,7 @@ def test_train_resnet18_on_an_image_folder(tmp_path: Path) -> None:
             path = tmp_path / "two" / split / name / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40 + i, 50), (40 + 160 * (i % 2), 90, 90 + i)).save(path)
-    options = ["--epochs", "1", "--batch", "4", "--size", "32", "--workers", "0", "--every", "1", "--no-compile"]
+    options = ["--epochs", "1", "--batch", "4", "--size", "32", "--workers", "0", "--every", "3", "--no-compile"]
     command = ["train", "--model", "resnet18", "--data", str(tmp_path / "two"), *options, "--out", str(tmp_path / "out")]
     outcome = CliRunner().invoke(app, command, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output

@@ -258,7 +258,7 @@ def test_resnet18_on_photographs_goes_from_images_to_an_artefact(tmp_path: Path)
         dataset="two",
         batch=4,
         training=TrainConfig(epochs=2, compile=False, checkpoint_steps=2),
-        trp=TrpConfig(rule="Budget(macs=1/2.23)", every=2, ramp=0.5, freeze=0.5),
+        trp=TrpConfig(rule="Budget(macs=1/2.23)", every=3, ramp=0.5, freeze=0.5),
         photographs=PhotographConfig(sources=["absent", "two"], sizes=[32], test_resize=36, test_size=32, workers=1),
     )
     folders = Folders(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
