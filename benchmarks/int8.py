@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend, Program
 from rankprune.backends.onnxruntime import quantize_onnx
-from rankprune.backends.timing import spread, time_together
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.runner import provenance, write
 from rankprune.rules import parse_rule
+from rankprune.timing import spread, time_together
 
 BATCH, CALIBRATION = 64, 512
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rankprune.backends import BACKENDS
-from rankprune.backends.timing import spread, time_together
 from rankprune.recipes.runner import provenance, write
 from rankprune.schemes import SCHEMES
+from rankprune.timing import spread, time_together
 
 RESULT = Path(__file__).parent / "results" / "pairs.json"
 LAYERS = [(64, 64, 1, 56, 32), (128, 128, 1, 28, 48), (256, 256, 1, 14, 96), (512, 512, 1, 7, 160), (128, 256, 2, 28, 64)]

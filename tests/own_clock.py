@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from rankprune import backends, comparison
 from rankprune.backends import Backend, Program
 from rankprune.backends.pytorch import Eager
-from rankprune.backends.timing import time_together
 from rankprune.cost import Inputs, parameter_count
 from rankprune.latency import meter
+from rankprune.timing import time_together
 
 MS_PER_PARAMETER, MS_PER_LAYER = 4e-4, 0.3
 

@@ -1,7 +1,6 @@
 import importlib
 import os
 import sys
-import time
 import zipfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, Backend, FileBackend, backend_named
 from rankprune.backends.base import tensors
-from rankprune.backends.timing import spread, time_together
 from rankprune.comparison import compare
 
 QUICK = ["eager", "onnxruntime", "openvino"]
@@ -224,28 +222,3 @@ def test_aot_inductor_folds_batchnorm(tmp_path: Path) -> None:
     assert "relu" in code
     assert "batch_norm" not in code
     assert "sqrt" not in code
-
-
-def test_programs_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    order: list[str] = []
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-
-    def program(name: str, ms: float):
-        def run(x: object) -> list[Tensor]:
-            nonlocal now
-            order.append(name)
-            now += ms / 1e3
-            return []
-
-        return run
-
-    slow, fast = time_together([program("slow", 4.0), program("fast", 0.25)], torch.zeros(1), rounds=5)
-    assert slow == pytest.approx([4.0] * 5)
-    assert fast == pytest.approx([0.25] * 5)
-    assert order[-6:] == ["slow", "fast", "fast"] * 2  # what is over too soon runs several times
-
-
-def test_spread_is_the_distance_of_quartiles_by_the_median() -> None:
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == pytest.approx((6 - 2) / 4)
-    assert spread([2.0] * 5) == 0

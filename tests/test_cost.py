@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankprune as rp
-from rankprune.cost import LayerCost, measure_together, pair_macs
+from rankprune.cost import LayerCost, pair_macs
 from rankprune.recipes.resnet import resnet
 
 B, L, D = 2, 5, 16  # batch, tokens, width
@@ -177,7 +177,7 @@ class Stateful(nn.Module):
         return y
 
 
-BOTH = pytest.mark.parametrize("act", [rp.count, partial(rp.measure, runs=2, warmup=1)], ids=["count", "measure"])
+BOTH = pytest.mark.parametrize("act", [rp.count, partial(rp.measure, runs=2)], ids=["count", "measure"])
 
 
 @BOTH
@@ -265,40 +265,3 @@ def test_a_scale_for_each_channel_is_no_matrix() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Scale()), torch.zeros(1, 3, 8, 8)
     assert rp.count(model, x).uncounted == ()
     assert [layer.name for layer in rp.make_plan(model, x, rule=rp.FixedRank(1)).layers] == ["0", "1"]
-
-
-def test_measure() -> None:
-    model, x = nn.Linear(256, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
-    timing = rp.measure(model, x, runs=7, warmup=1)
-    assert 0 < timing.min_ms <= timing.median_ms < 1000
-    assert timing.spread >= 0
-    assert (timing.runs, timing.dtype, timing.device) == (7, "bfloat16", "cpu")
-    assert (timing.threads, timing.torch) == (torch.get_num_threads(), torch.__version__)
-    assert timing.cpu
-
-
-def test_measure_tells_more_work_from_less() -> None:
-    models = {"more": nn.Linear(1024, 2048), "less": nn.Linear(1024, 32)}
-    timings = measure_together(models, torch.zeros(64, 1024), runs=9)
-    assert timings["more"].median_ms > 2 * timings["less"].median_ms
-    assert timings.keys() == models.keys()
-
-
-def test_measure_takes_a_dict_and_a_single_run() -> None:
-    timing = rp.measure(Twice(), {"x": torch.zeros(1, 3, 8, 8), "more": torch.zeros(1, 3, 6, 6)}, runs=1, warmup=0)
-    assert (timing.runs, timing.spread) == (1, 0)
-    assert timing.min_ms == timing.median_ms > 0
-
-
-def test_measure_calls_the_model_as_often_as_it_says() -> None:
-    calls = []
-    model = nn.Linear(2, 2)
-    model.register_forward_hook(lambda *_: calls.append((torch.is_inference_mode_enabled(), model.training)))
-    rp.measure(model, torch.zeros(1, 2), runs=4, warmup=3)
-    assert calls == [(False, False)] + [(True, False)] * 6  # the first fills caches, which must outlive inference mode
-
-
-@pytest.mark.parametrize("options", [{"runs": 0}, {"runs": 1, "warmup": -1}])
-def test_measure_without_a_run(options: dict) -> None:
-    with pytest.raises(rp.RankPruneError, match=r"runs=\d and warmup=-?\d: give at least one run"):
-        rp.measure(nn.Linear(2, 2), torch.zeros(1, 2), **options)

@@ -115,7 +115,7 @@ def test_a_buffer_that_cannot_be_written_to(tmp_path):
 def test_what_a_model_caches_while_it_is_measured_serves_training():
     model = Caching()
     keys = model.state_dict().keys()
-    rp.measure(model, X, runs=1, warmup=0)
+    rp.measure(model, X, runs=1)
     rp.count(model, X)
     assert model.state_dict().keys() == keys
     model(X).sum().backward()

@@ -21,6 +21,7 @@ ORDER = [
     "cost",
     "replacement",
     "backends",
+    "timing",
     "stopwatch",
     "optimizer_step",
     "calibration",

@@ -2,7 +2,7 @@
 
 from rankprune.budget import Budget
 from rankprune.checkpoint import load, save
-from rankprune.cost import Count, Timing, count, measure
+from rankprune.cost import Count, count
 from rankprune.decompose import decompose
 from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
 from rankprune.export import export, export_onnx
@@ -11,6 +11,7 @@ from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import make_plan
 from rankprune.projection import project
 from rankprune.ranks import Energy, FixedRank, RankFraction, SingularValue
+from rankprune.timing import Timing, measure
 from rankprune.trp import TRP
 from rankprune.version import VERSION as __version__
 

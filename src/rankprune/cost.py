@@ -1,9 +1,7 @@
-"""What a model costs: multiply-accumulates by running it, and milliseconds by timing it. The model is left as it was."""
+"""What a model costs: multiply-accumulates, counted by running it, and parameters. The model is left as it was."""
 
 import inspect
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,21 +55,6 @@ class Count:
     layers: tuple[LayerCost, ...]
     functional_macs: int
     uncounted: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one forward pass over `runs` runs; `spread` is (third - first quartile) / median."""
-
-    median_ms: float
-    spread: float
-    min_ms: float
-    runs: int
-    threads: int
-    dtype: str
-    device: str
-    torch: str
-    cpu: str
 
 
 def call(model: Callable[..., Any], x: Inputs) -> Any:
@@ -237,59 +220,11 @@ def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int
     return counter.get_total_flops() // 2
 
 
-def measure(model: nn.Module, x: Inputs, *, runs: int = 30, warmup: int = 5) -> Timing:
-    """Time forward passes of `model` on `x` in eval and inference mode, after a warm-up, with device synchronisation.
-
-    Raises:
-        RankPruneError: for fewer than one run.
-    """
-    return measure_together({"": model}, x, runs=runs, warmup=warmup)[""]
-
-
-def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 30, warmup: int = 5) -> dict[str, Timing]:
-    """Time several models in turn within one loop, so that a change of the machine's speed hits all of them alike."""
-    if runs < 1 or warmup < 0:
-        raise RankPruneError(f"runs={runs} and warmup={warmup}: give at least one run and no negative warm-up")
-    first = next(t for m in models.values() for t in (*m.parameters(), torch.empty(0)))
-    synchronize = synchronizer(first.device)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(undisturbed(model))
-            call(model, x)  # what it caches at its first call must not be made in inference mode
-        stack.enter_context(torch.inference_mode())
-        for run in range(min(0, 1 - warmup), runs):  # the call above was the first of the warm-up
-            for name, model in models.items():
-                synchronize()
-                begin = time.perf_counter()
-                call(model, x)
-                synchronize()
-                if run >= 0:
-                    times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: _timing(values, first) for name, values in times.items()}
-
-
 def synchronizer(device: torch.device) -> Callable[[], None]:
     """What waits until the device has computed all it was given; nothing on a CPU."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
-
-
-def _timing(values: list[float], first: Tensor) -> Timing:
-    median = statistics.median(values)
-    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [median] * 3
-    return Timing(
-        median_ms=median,
-        spread=(quartiles[2] - quartiles[0]) / median,
-        min_ms=min(values),
-        runs=len(values),
-        threads=torch.get_num_threads(),
-        dtype=str(first.dtype).removeprefix("torch."),
-        device=str(first.device),
-        torch=torch.__version__,
-        cpu=cpu_name(),
-    )
 
 
 def cpu_name() -> str:

@@ -15,7 +15,7 @@ class Eager(Backend):
     name = "eager"
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
-        return _program(model, model, x)
+        return eager_program(model, x)
 
 
 class Compiled(Backend):
@@ -25,7 +25,7 @@ class Compiled(Backend):
     ranks = 6
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
-        return _program(model, torch.compile(model, dynamic=False), x)
+        return eager_program(model, x, torch.compile(model, dynamic=False))
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """Without the limit of programs for the same code, beyond which torch.compile runs a model as it is."""
@@ -35,10 +35,12 @@ class Compiled(Backend):
             return super()._load_each(models, x)
 
 
-def _program(model: nn.Module, run: Callable, x: Inputs) -> Program:
+def eager_program(model: nn.Module, x: Inputs, run: Callable | None = None) -> Program:
+    """The model in inference mode, by itself or as `run` runs it."""
+
     def program(x: Inputs) -> list[torch.Tensor]:
         with torch.inference_mode():
-            return tensors(call(run, x))
+            return tensors(call(run or model, x))
 
     with undisturbed(model):
         call(model, x)  # what the model caches at its first call must not be made in inference mode

@@ -9,10 +9,10 @@ from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
 from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
-from rankprune.cost import measure_together
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from rankprune.timing import measure_together
 
 
 def evaluate(

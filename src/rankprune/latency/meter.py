@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rankprune.backends import backend_named
 from rankprune.backends.base import tensors
-from rankprune.backends.timing import spread, time_together
 from rankprune.cost import Inputs, count, cpu_name, undisturbed
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
+from rankprune.timing import spread, time_together
 
 logger = logging.getLogger(__name__)
 

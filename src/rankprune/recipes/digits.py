@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.budget import Budget
-from rankprune.cost import count, measure_together
+from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.errors import MissingExtraError
 from rankprune.plan import Plan
@@ -21,6 +21,7 @@ from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import CifarResNet
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
+from rankprune.timing import measure_together
 from rankprune.trp import TRP
 
 NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
