@@ -385,11 +385,22 @@ def test_a_real_backend_from_measuring_to_training(monkeypatch: pytest.MonkeyPat
     assert trp.plan.ms <= 0.6 * trp.plan.ms_dense
 
 
-def test_channels_last_and_bfloat16_are_other_settings(folder: Path) -> None:
+def test_channels_last_and_bfloat16_are_other_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looking(own_clock.Timeless):
+        """Sees what single layers are called with."""
+
+        def _load(self, model: nn.Module, x: Inputs) -> Program:
+            if isinstance(x, Tensor) and x.shape[1] == 32:
+                seen.add((x.is_contiguous(memory_format=torch.channels_last), x.dtype))
+            return super()._load(model, x)
+
+    seen: set[tuple[bool, torch.dtype]] = set()
+    own_clock.add(monkeypatch, Looking())
     _, x = network()
     for kind in ({}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}):
         made = network()[0].to(**kind)  # type: ignore[call-overload]
         measured(made, x.to(kind.get("dtype", x.dtype)), budget(0.99), "channel")
+    assert seen == {(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)}
     settings = [json.loads(file.read_text())["setting"] for file in folder.iterdir()]
     assert {(s["memory_format"], s["dtype"]) for s in settings} == {
         ("contiguous", "float32"),

@@ -1,5 +1,6 @@
 """AOTInductor: torch.export, compiled ahead of time to a library that runs without Python. It needs a C++ compiler."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ class AotInductor(FileBackend):
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what freezing imports uses what torch deprecates
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
 
     def read(self, path: Path) -> Program:
         model = torch._inductor.aoti_load_package(str(path))
