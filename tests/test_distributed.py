@@ -31,10 +31,15 @@ def slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def several(*modes: str) -> object:
+    """To be run in the same processes one after the other, for starting them takes longer than most."""
+    return pytest.param(modes, id=", ".join(modes))
+
+
 @needs_gloo
-@pytest.mark.parametrize("mode", ["ddp", "fsdp-root", "fsdp-mixed", *map(slow, ("fsdp", "without-scatter"))])
-def test_two_processes_equal_one(mode: str) -> None:
-    run = torchrun(WORKER, mode)
+@pytest.mark.parametrize("modes", [several("ddp", "fsdp-root", "fsdp-mixed"), slow(["fsdp", "without-scatter"])])
+def test_two_processes_equal_one(modes: tuple[str, ...]) -> None:
+    run = torchrun(WORKER, *modes)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
@@ -45,40 +50,32 @@ def test_weights_sharded_over_a_single_process() -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize(
-    ("mode", "processes"),
-    [("resume-ddp", 2), ("resume-fsdp", 2), slow("resume-fsdp", 1), slow("resume-elsewhere", 2)],
-)
-def test_a_resumed_training_takes_the_same_steps(mode: str, processes: int) -> None:
-    run = torchrun(WORKER, mode, processes=processes)
+@pytest.mark.parametrize("modes", [several("resume-ddp", "resume-fsdp"), slow(["resume-elsewhere"])])
+def test_a_resumed_training_takes_the_same_steps(modes: tuple[str, ...]) -> None:
+    run = torchrun(WORKER, *modes)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_single_process_resumes_sharded_weights() -> None:
+    run = torchrun(WORKER, "resume-fsdp", processes=1)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
 @needs_gloo
 def test_an_error_of_one_process_reaches_all() -> None:
-    run = torchrun(WORKER, "fail")
+    run = torchrun(WORKER, "fail", "fail-late")
     assert run.returncode == 0, run.stderr[-4000:]
     assert sorted(run.stdout.split("\n")[:2]) == ["process 0 was told", "process 1 was told"]
-
-
-@needs_gloo
-def test_an_error_after_the_factorisation_reaches_all() -> None:
-    run = torchrun(WORKER, "fail-late")
-    assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.count("was told of") == 8
 
 
 @needs_gloo
-def test_one_process_measures_latencies_for_all(tmp_path: Path) -> None:
-    run = torchrun(WORKER, "latency", env={**os.environ, "RANKPRUNE_CACHE": str(tmp_path)})
+def test_latencies_are_measured_by_one_process_and_kept_for_sharded_weights(tmp_path: Path) -> None:
+    run = torchrun(WORKER, "latency", "latency-sharded", env={**os.environ, "RANKPRUNE_CACHE": str(tmp_path)})
     assert run.returncode == 0, run.stderr[-4000:]
     assert "process 1 measured 0 times" in run.stdout
-
-
-@needs_gloo
-def test_sharded_weights_go_by_latencies_from_before(tmp_path: Path) -> None:
-    run = torchrun(WORKER, "latency-sharded", env={**os.environ, "RANKPRUNE_CACHE": str(tmp_path)})
-    assert run.returncode == 0, run.stderr[-4000:]
 
 
 @needs_gloo
