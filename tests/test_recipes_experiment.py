@@ -91,6 +91,13 @@ def test_experiment_from_toml(tmp_path: Path) -> None:
         ("batch = = 3", r"cannot read.*quick\.toml"),
         ('method = "other"', "method='other'"),
         ("[photographs]\nzoom = 2", r"\['zoom'\].*sources, sizes"),
+        ('[photographs]\nsources = "imagenet"', "sources = 'imagenet' is of the wrong type"),
+        ("[photographs]\nsizes = [64, 9.5]", r"sizes = \[64, 9\.5\] is of the wrong type"),
+        ("[training]\nepochs = 'ten'", "epochs = 'ten' is of the wrong type"),
+        ("[training]\ncompile = 1", "compile = 1 is of the wrong type"),
+        ("[trp]\nevery = true", "every = True is of the wrong type"),
+        ("batch = 2.5", "batch = 2.5 is of the wrong type"),
+        ("training = 3", "3 stands where a table is expected, with fields of TrainConfig"),
     ],
 )
 def test_bad_toml(tmp_path: Path, text: str, said: str) -> None:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 import rankprune as rp
 from rankprune.recipes.batches import Normalize
+from rankprune.recipes.data import load_data
+from rankprune.recipes.experiment import Experiment
 from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig, central_box, centre_batches, random_box
 from rankprune.recipes.photographs import Photographs, load_photographs
+from rankprune.recipes.processes import Processes
 
 Image = pytest.importorskip("PIL.Image")
 RAW = Normalize((0.0,) * 3, (1 / 255,) * 3)
@@ -131,6 +134,7 @@ def test_subsets_and_holdouts(photographs: Photographs) -> None:
 def write_parquet(path: Path, numbers: range, labels: list[int]) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cells = [{"bytes": png(photograph(i)), "path": None} for i in numbers]
+    path.parent.mkdir(exist_ok=True)
     parquet.write_table(arrow.table({"image": cells, "label": labels}), path)
 
 
@@ -140,6 +144,99 @@ def test_a_split_without_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(rp.RankPruneError, match="'test' has images without a label"):
         load_photographs(tmp_path, "test")
     assert len(load_photographs(tmp_path, "validation")) == 3
+
+
+def folder_of(root: Path, *files: str) -> Path:
+    """An image folder; each file is a picture of its own."""
+    for i, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(png(photograph(i)))
+    return root
+
+
+def test_validation_images_come_before_test_images(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in "ab"))
+    names = {split: load_photographs(root, split).encoded.name(0) for split in ("train", "validation", "test")}
+    assert {split: Path(name).parts[-3] for split, name in names.items()} == {
+        "train": "train",
+        "validation": "val",
+        "test": "test",
+    }
+
+
+def test_a_split_without_classes_is_passed_over(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, "train/a/0.png", "train/b/0.png", "test/0.png", "val/b/0.png")
+    assert load_photographs(root, "test").labels.tolist() == [1]
+
+
+def test_classes_are_those_of_the_training_images(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, "train/cat/0.png", "train/dog/more/1.TIF", "train/dog/2.png", "val/dog/0.png")
+    for left_alone in (".ipynb_checkpoints/0.png", "cat/._0.png", "empty/notes.txt"):
+        folder_of(root / "train", left_alone)
+    (root / "train" / "cat" / "folder.png").mkdir()
+    train = load_photographs(root, "train")
+    assert (train.classes, train.labels.tolist()) == (("cat", "dog"), [0, 1, 1])
+    assert load_photographs(root, "validation").labels.tolist() == [1]
+    folder_of(root, "val/fox/0.png")
+    with pytest.raises(rp.RankPruneError, match=r"0\.png' is of the class 'fox', of which train/ has no images"):
+        load_photographs(root, "validation")
+
+
+def test_sixteen_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    ramp = torch.arange(0, 65536, 257, dtype=torch.int32).view(16, 16).to(torch.uint16)
+    Image.fromarray(ramp.numpy()).save(tmp_path / "train" / "a" / "0.png")
+    grey = torch.frombuffer(bytearray(load_photographs(tmp_path, "train").picture(0).tobytes()), dtype=torch.uint8)
+    assert torch.equal(grey.view(256, 3), torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 3))
+
+
+def test_far_too_large_an_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of(tmp_path, "train/a/0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(rp.RankPruneError, match=r"0\.png' is no image, a damaged one or far too large"):
+        load_photographs(root, "train").picture(0)
+
+
+def test_a_worker_names_the_damaged_image_in_one_line(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, "train/a/0.png")
+    (root / "train" / "a" / "1.png").write_bytes(b"no image")
+    batches = PhotographBatches(load_photographs(root, "train"), 2, replace(CONFIG, workers=1), 1)
+    with pytest.raises(rp.RankPruneError, match=r"^'.*1\.png' is no image.*replace it$"):
+        list(batches.epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"image": [{"bytes": b"", "path": None}], "label": ["cat"]}, "labels that are not whole numbers"),
+        ({"image": [{"bytes": b"", "path": None}], "label": [None]}, "labels that are not whole numbers"),
+        ({"image": [b""], "label": [0]}, "cells of bytes and path"),
+        ({"image": [], "label": []}, "is empty"),
+    ],
+)
+def test_parquet_that_cannot_be_read_as_photographs(tmp_path: Path, columns: dict, said: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), tmp_path / "train-0.parquet")
+    with pytest.raises(rp.RankPruneError, match=said):
+        load_photographs(tmp_path, "train")
+
+
+def test_parquet_has_the_names_that_datasets_wrote(tmp_path: Path) -> None:
+    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "fox"])})
+    cells = [{"bytes": png(photograph(i)), "path": None} for i in range(2)]
+    made = datasets.Dataset.from_dict({"image": cells, "label": [0, 1]}, features=features)
+    made.to_parquet(tmp_path / "train-0.parquet")
+    assert parquet.read_table(tmp_path / "train-0.parquet").num_rows == 2
+    assert load_photographs(tmp_path, "train").classes == ("cat", "dog", "fox")
+
+
+def test_test_images_of_classes_not_trained_on_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "two" / "train-0.parquet", range(4), [0, 1, 0, 1])
+    write_parquet(tmp_path / "two" / "test-0.parquet", range(3), [0, 1, 2])
+    e = Experiment("quick", model="resnet18", dataset="two", batch=2, photographs=CONFIG)
+    with pytest.raises(rp.RankPruneError, match="test images of 3 classes or more, but to train on of 2"):
+        load_data(e, tmp_path, Processes())
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,7 @@ OTHER = {
     "other nuclear weight": {"trp": {"nuclear": 0.0}},
     "other batch": {"batches": {"size": 32}},
     "other order": {"batches": {"seed": 1}},
+    "other start": {"identity": {"start": "another.pt"}},
 }
 
 
@@ -232,7 +233,7 @@ def test_checkpoint_of_another_config_is_refused(checkpoint: Path, other: dict) 
     trp = None if settings["trp"] is None else pruning(model, **settings["trp"])
     data = batches(**settings["batches"])
     with pytest.raises(rp.CheckpointError, match=r"c\.pt.*another"):
-        train(model, data, settings["config"], trp=trp, checkpoint=checkpoint)
+        train(model, data, settings["config"], trp=trp, checkpoint=checkpoint, identity=settings.get("identity"))
     exactly_same(model, network())
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Batches, TrainBatches, eval_batches
 from rankprune.recipes.experiment import Experiment
 from rankprune.recipes.images import load_images
@@ -57,7 +58,13 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
 
 def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:
     train = load("train")
-    return train.split(holdout) if holdout else (train, load(test_split))
+    if holdout:
+        return train.split(holdout)
+    test = load(test_split)
+    classes = int(test.labels.max()) + 1
+    if classes > len(train.classes):
+        raise RankPruneError(f"there are test images of {classes} classes or more, but to train on of {len(train.classes)}")
+    return train, test
 
 
 def _source(config: PhotographConfig, dataset: str, folder: Path) -> str | Path:

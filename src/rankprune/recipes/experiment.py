@@ -2,9 +2,9 @@
 
 import os
 import tomllib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rankprune.errors import RankPruneError
 from rankprune.recipes.photograph_batches import PhotographConfig
@@ -124,12 +124,31 @@ class Experiment:
         )
 
 
-def _build(kind: type, data: dict[str, Any], path: Path) -> Any:
-    unknown = set(data) - {f.name for f in fields(kind)}
+def _build(kind: type, data: Any, path: Path) -> Any:
+    if not isinstance(data, dict):
+        raise RankPruneError(f"{str(path)!r}: {data!r} stands where a table is expected, with fields of {kind.__name__}")
+    hints = get_type_hints(kind)
+    unknown = set(data) - set(hints)
     if unknown:
-        known = ", ".join(f.name for f in fields(kind))
-        raise RankPruneError(f"{str(path)!r} has unknown fields {sorted(unknown)}; known ones are {known}")
+        raise RankPruneError(f"{str(path)!r} has unknown fields {sorted(unknown)}; known ones are {', '.join(hints)}")
+    for name, value in data.items():
+        if not _fits(value, hints[name]):
+            raise RankPruneError(f"{str(path)!r}: {name} = {value!r} is of the wrong type")
     return kind(**data)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a TOML file may stand for a field of this type."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, type(parts[0]))  # which one, it says itself
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rankprune.recipes.photographs import Image
 
 
+_NAME = f"{RankPruneError.__module__}.{RankPruneError.__qualname__}"
+
+
 @dataclass(frozen=True)
 class PhotographConfig:
     """Where photographs are and what becomes of them.
@@ -26,8 +29,8 @@ class PhotographConfig:
     any it is the folder named like the data set. Training crops hold a random share of the picture's area, at least `area`, at
     `sizes` x `sizes` pixels: each of the sizes for an equal part of the epochs. Pictures of the `test_split` have their
     shorter side brought to `test_resize`, and are cropped to the `test_size` pixels in the middle. As many processes as there
-    are cores, at most `workers`, decode ahead; with 0 it is done between steps, and pictures that fit into `keep_gb` gigabytes
-    are decoded once.
+    are cores, at most `workers`, decode ahead (under torchrun the processes of the training share the cores); with 0 it is done
+    between steps, and pictures that fit into `keep_gb` gigabytes are decoded once.
     """
 
     sources: tuple[str, ...] = ()
@@ -164,10 +167,14 @@ def _loaded(
         pin_memory=on_gpu,
         generator=torch.Generator(),  # it seeds its workers from this instead of from the global one, which resuming restores
     )
-    for images, labels in loader:
-        yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+    try:
+        for images, labels in loader:
+            yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+    except RankPruneError as error:  # a worker's comes with the worker's traceback before it
+        raise RankPruneError(str(error).strip().splitlines()[-1].removeprefix(f"{_NAME}: ")) from None
 
 
 def _cores() -> int:
-    """The cores this process may use; more workers than that would only be in each other's way."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores for each process here of a training; more workers than that would only be in each other's way."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

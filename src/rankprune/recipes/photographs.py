@@ -1,7 +1,8 @@
 """Photographs, encoded until they are wanted: image folders, parquet files in the hub's layout, data sets of the hub itself."""
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB = "hub:"
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_STAND_INS = {"train": (), "test": ("validation", "val"), "validation": ("val", "test")}
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge, in pixels, not rounded."""
 
@@ -88,13 +90,14 @@ def load_photographs(source: str | Path, split: str) -> Photographs:
     Args:
         source: a folder with parquet files named ``train-*.parquet`` in it or in its folder ``data``, with a column of encoded
             images (``img`` or ``image``) and one of labels, as on the Hugging Face hub; or an image folder,
-            ``train/<class>/*.jpg``; or ``"hub:NAME"``, a data set of the hub, which `datasets` downloads once.
-            Parquet files are held in memory, encoded; those that do not fit are better read by ``"hub:FOLDER"``.
+            ``train/<class>/*.jpg``, folders in classes included, whose classes are those of ``train``; or ``"hub:NAME"``, a
+            data set of the hub, which `datasets` downloads once. Parquet files are held in memory, encoded; those that do not
+            fit are better read by ``"hub:FOLDER"``.
 
     Raises:
-        RankPruneError: if there is none of these, or the split has no labels.
+        RankPruneError: if there is none of these, or the split has no labels, or classes that are not in ``train``.
     """
-    names = ("train",) if split == "train" else (split, *(n for n in ("test", "validation", "val") if n != split))
+    names = (split, *_STAND_INS.get(split, ()))
     if str(source).startswith(HUB):
         return _labelled(*_read_hub(str(source).removeprefix(HUB), names), split)
     root = Path(source)
@@ -102,11 +105,12 @@ def load_photographs(source: str | Path, split: str) -> Photographs:
         for name in names:
             if files := sorted(folder.glob(f"{name}-*.parquet")):
                 return _labelled(*_read_parquet(files), split)
-    for name in names:
-        if (root / name).is_dir():
-            splits = [root / each for each in ("train", "test", "validation", "val")]
-            classes = {p.name for each in splits if each.is_dir() for p in each.iterdir() if p.is_dir()}
-            return _labelled(*_read_folder(root / name, sorted(classes)), split)
+    folders = [root / name for name in names if (root / name).is_dir()]
+    images = next(filter(None, map(_by_class, folders)), None)
+    if images is not None:
+        return _labelled(*_in_classes(images, _by_class(root / "train") or images), split)
+    if folders:
+        raise RankPruneError(f"no images in {str(folders[0])!r}; expected {folders[0].name}/<class>/*.png or .jpg")
     raise RankPruneError(
         f"no {split!r} images under {str(root)!r}: expected the folder cifar-10-batches-py, files {names[0]}-*.parquet, "
         f"or a folder {names[0]}/<class>/"
@@ -119,16 +123,25 @@ def _labelled(encoded: Encoded, labels: list[int], classes: tuple[str, ...], spl
     return Photographs(encoded, torch.arange(len(labels)), torch.tensor(labels), classes)
 
 
-def _read_folder(folder: Path, classes: list[str]) -> tuple[Encoded, list[int], tuple[str, ...]]:
-    found = [
-        (str(file), label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).glob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
-    if not found:
-        raise RankPruneError(f"no images in {str(folder)!r}; expected {folder.name}/<class>/*.png or .jpg")
-    return _Files([path for path, _ in found]), [label for _, label in found], tuple(classes)
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """The images below each folder in `folder`, by its name, where it has any; what begins with a dot is left alone."""
+
+    def images(within: Path) -> list[Path]:
+        found = (file for file in sorted(within.rglob("*")) if file.suffix.lower() in _SUFFIXES and file.is_file())
+        return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+    within = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {path.name: found for path in within if (found := images(path))}
+
+
+def _in_classes(images: dict[str, list[Path]], classes: Iterable[str]) -> tuple[Encoded, list[int], tuple[str, ...]]:
+    classes = tuple(classes)
+    unknown = [name for name in images if name not in classes]
+    if unknown:
+        where = images[unknown[0]][0]
+        raise RankPruneError(f"{str(where)!r} is of the class {unknown[0]!r}, of which train/ has no images")
+    found = [(str(file), classes.index(name)) for name, files in images.items() for file in files]
+    return _Files([path for path, _ in found]), [label for _, label in found], classes
 
 
 def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...]]:
@@ -140,9 +153,23 @@ def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...
     table = pyarrow.concat_tables([parquet.read_table(file) for file in files])
     image, label = _columns(table.column_names, str(files[0]))
     labels = table[label].to_pylist()
+    if not labels or not all(isinstance(value, int) for value in labels):
+        raise RankPruneError(f"the column {label!r} of {str(files[0])!r} is empty or has labels that are not whole numbers")
+    if not pyarrow.types.is_struct(table[image].type):
+        raise RankPruneError(
+            f"the column {image!r} of {str(files[0])!r} does not hold cells of bytes and path, as the hub's do"
+        )
     count = max(labels) + 1
-    classes = CIFAR10_CLASSES if count == 10 and image == "img" else tuple(str(i) for i in range(count))
-    return _Cells(table[image], None, str(files[0].parent)), labels, classes
+    numbered = CIFAR10_CLASSES if count == 10 and image == "img" else tuple(map(str, range(count)))
+    return _Cells(table[image], None, str(files[0].parent)), labels, _class_names(table.schema, label) or numbered
+
+
+def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+    """What `datasets` has noted in a parquet file of the names of its classes."""
+    try:
+        return tuple(json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"])
+    except (TypeError, KeyError, ValueError):
+        return ()
 
 
 def _read_hub(name: str, names: Sequence[str]) -> tuple[Encoded, list[int], tuple[str, ...]]:
@@ -180,9 +207,12 @@ def _decode(data: bytes, source: str) -> "Image":
     except ImportError as error:
         raise MissingExtraError("pillow", "recipes") from error
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise RankPruneError(f"{source!r} is no image, or a damaged one; remove or replace it") from error
+        picture = Image.open(io.BytesIO(data))
+        if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+            picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise RankPruneError(f"{source!r} is no image, a damaged one or far too large; remove or replace it") from error
 
 
 def resized(picture: "Image", size: tuple[int, int], box: Box | None = None) -> Tensor:

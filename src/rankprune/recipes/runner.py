@@ -96,7 +96,16 @@ def _train(
     on_step: Callable[[Progress], None] | None,
 ) -> tuple[list[EpochLog], Plan | None, nn.Module | None]:
     """Do what the method says: the log of the training, and the plan and the decomposed network where there is one."""
-    learn = partial(train, batches=batches, config=e.training, teacher=teacher, checkpoint=checkpoint, on_step=on_step)
+    names = ("model", "dataset", "method", "start", "teacher", "holdout")
+    learn = partial(
+        train,
+        batches=batches,
+        config=e.training,
+        teacher=teacher,
+        checkpoint=checkpoint,
+        on_step=on_step,
+        identity={name: getattr(e, name) for name in names},
+    )
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     if e.method == "dense":
         return learn(model), None, None

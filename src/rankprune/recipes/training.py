@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ def train(
     checkpoint: Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
     epochs: range | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> list[EpochLog]:
     """Train `model` in place and return a log of its epochs.
 
@@ -51,11 +52,12 @@ def train(
         trp: attached to the optimizer for the length of the training, then detached; finalize() is left to the caller.
         teacher: the network whose answers config.distill weighs; run in eval mode, otherwise left as it is.
         checkpoint: written after every epoch, and after every config.checkpoint_steps steps of one. If it is there at the
-            start and of the same config, the run goes on from it and ends as it would have ended uninterrupted.
+            start and of the same config and identity, the run goes on from it and ends as it would have ended uninterrupted.
+        identity: plain values that say what is trained on what, as far as it is not in the config.
         epochs: those of the config's to run, successive ones; all by default. Data and learning rate are those of the whole.
 
     Raises:
-        CheckpointError: if the checkpoint is of a run with another config.
+        CheckpointError: if the checkpoint is of a run with another config or identity.
         RankPruneError: if there are fewer images than one batch, or a teacher is missing.
     """
     if not len(batches):
@@ -72,7 +74,7 @@ def train(
     )
     answers_of = taught(teacher, config.compile) if teacher is not None and config.distill else None  # before the model changes
     epochs = range(config.epochs) if epochs is None else epochs
-    settings = _settings(config, batches, trp, epochs.start)
+    settings = {"identity": dict(identity or {})} | _settings(config, batches, trp, epochs.start)
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)
