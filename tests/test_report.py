@@ -12,9 +12,9 @@ from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
-from rankprune.report.plots import plot_results, plot_training
+from rankprune.report.plots import plot_accuracy, plot_results, plot_training
 from rankprune.report.results import read_results, seeds_together
-from rankprune.report.tables import Table, overview, ranks_over_training, ranks_together, run_tables, tables
+from rankprune.report.tables import Table, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
     }
     if method == "dense":
         return {**base, "scheme": None, "top1_dense": top1, **more}
-    costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0}
+    costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0, "ranks": {}}
     return {**base, **costs, "top1_dense": 90.0, "top1_before_decomposition": top1, "top1": top1, **more}
 
 
@@ -41,6 +41,60 @@ def test_rows_hold_mean_spread_drop_and_ratios():
     assert dense.startswith("| resnet20 | dense |")
     assert "| 90.00 |" in dense
     assert "| 88.50 ± 0.71 | 1.50 ± 0.71 | 400 | 2.50x | 50 | 2.00x | 5.0 | 2.00x |" in trp
+
+
+def test_seeds_have_their_costs_averaged_too():
+    costs = [{"macs": 400, "params": 50, "ms": 5.0}, {"macs": 200, "params": 30, "ms": 3.0}]
+    table = markdown_table(overview([result("trp", 88.0, seed, **cost) for seed, cost in enumerate(costs)]))
+    assert "| 88.00 ± 0.00 | 2.00 ± 0.00 | 300 | 3.33x | 40 | 2.50x | 4.0 | 2.50x |" in table
+
+
+def test_what_a_run_builds_on_sets_experiments_apart_but_for_its_seed():
+    configs = [
+        {"start": "a", "teacher": "run:dense"},
+        {"start": "a", "teacher": "run:dense-seed1"},
+        {"start": "b", "teacher": "run:dense"},
+        {"start": "a", "teacher": "run:wide"},
+    ]
+    seeds = [0, 1, 0, 0]
+    results = [result("ours", 88.0, seed, config=config) for seed, config in zip(seeds, configs, strict=True)]
+    assert [len(group) for group in seeds_together(results)] == [2, 1, 1]
+    again = result("ours", 80.0, 0, config=configs[0])
+    assert [len(group) for group in seeds_together([*results, again])] == [2, 1, 1, 1]
+
+
+def test_other_images_are_told_and_drawn_apart(tmp_path):
+    results = [result("trp", 88.0), result("trp", 60.0, dataset="other"), result("trp", 70.0, test_split="holdout")]
+    table = overview(results)
+    assert table.columns[:2] == ("network", "images")
+    assert [row[1] for row in table.rows] == ["cifar10", "other", "cifar10, holdout"]
+    assert "images" not in overview(results[:1]).columns
+    plot_accuracy(tmp_path / "a.svg", results)
+    assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3
+
+
+def test_times_of_other_runtimes_and_batches_say_so():
+    elsewhere = result("trp", 88.0, ms_backend="onnxruntime", ms_batch=8)
+    assert "| 5.0 (batch 8, onnxruntime) | 2.00x |" in markdown_table(overview([elsewhere]))
+    assert "| 5.0 | 2.00x |" in markdown_table(overview([result("trp", 88.0, ms_backend="eager", ms_batch=64)]))
+    assert latency(elsewhere).rows[0][:2] == ("onnxruntime", "8")
+
+
+def test_pictures_stay_in_their_folder_and_apart(tmp_path):
+    spectra = {"before": {"a": [1.0, 0.5]}, "after": {"a": [1.0, 0.0]}}
+    results = [result("trp", 88.0, seed, name=name, spectra=spectra) for seed, name in enumerate(("../../x", "x", "..", "x"))]
+    files = plot_results(tmp_path / "plots", results)
+    assert [file.name for file in files] == ["accuracy.svg", "x.svg", "x-2.svg", "run.svg", "x-3.svg"]
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == sorted(file.name for file in files)
+    assert [path.name for path in tmp_path.iterdir()] == ["plots"]
+
+
+@pytest.mark.parametrize("field", ["top1", "macs", "ranks", "top1_before_decomposition"])
+def test_a_decomposed_result_needs_its_own_fields(tmp_path, field):
+    whole = result("trp", 88.0, ranks={})
+    (tmp_path / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
+    with pytest.raises(rp.RankPruneError, match=f"no result of an experiment: it lacks {field}"):
+        read_results([tmp_path / "a.json"])
 
 
 def test_a_row_without_a_reference_has_no_drop():
@@ -93,7 +147,7 @@ def test_a_file_asked_for_must_be_a_result(tmp_path):
     with pytest.raises(rp.RankPruneError, match="lacks config, dataset"):
         read_results([tmp_path / "a.json"])
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(rp.RankPruneError, match="no object"):
+    with pytest.raises(rp.RankPruneError, match="it lacks all fields"):
         read_results([tmp_path / "a.json"])
     with pytest.raises(rp.RankPruneError, match=r"cannot read the result .*nowhere"):
         read_results([tmp_path / "nowhere.json"])
@@ -171,13 +225,14 @@ def test_layers_that_a_run_left_dense_keep_their_place_side_by_side():
 
 
 def test_markdown_cells_cannot_end_their_cell():
-    text = markdown([Table("Title", ("a", "b"), [(WICKED, "1\n2")], note="Note."), Table("Empty", (), (), note="Nothing.")])
+    text = markdown([Table(WICKED, (WICKED, "b"), [(WICKED, "1\n2")], note="Note."), Table("Empty", (), (), note="Nothing.")])
     title, table, note, *rest = text.split("\n\n")
-    assert (title, note, rest) == ("## Title", "Note.", ["## Empty", "Nothing."])
+    assert (note, rest) == ("Note.", ["## Empty", "Nothing."])
     head, rule, row = table.splitlines()
-    assert (head, rule) == ("| a | b |", "|---|--:|")
-    assert len(re.findall(r"(?<!\\)\|", row)) == 3
-    assert "<" not in row
+    assert rule == "|---|--:|"
+    for line in (head, row):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
+    assert "<" not in title + head + row
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [34.67, 88.73], [88.0], [0.0], [1e-6, 2e-6], [-3.0, 1e6]])

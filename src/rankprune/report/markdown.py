@@ -11,19 +11,19 @@ BEGIN, END = "<!-- results: written by `rankprune report` -->", "<!-- end of res
 def markdown_table(table: Table) -> str:
     """The rows of a table without its title and note."""
     rule = ["---" if i < table.words else "--:" for i in range(len(table.columns))]
-    return "\n".join([_line(table.columns), f"|{'|'.join(rule)}|", *(_line([_escaped(c) for c in row]) for row in table.rows)])
+    return "\n".join([_line(table.columns), f"|{'|'.join(rule)}|", *map(_line, table.rows)])
 
 
 def markdown(tables: Sequence[Table]) -> str:
     """Tables under their titles, each with its note."""
     parts = []
     for table in tables:
-        parts += [f"## {table.title}", markdown_table(table) if table.rows else "", table.note]
+        parts += [f"## {_escaped(table.title)}", markdown_table(table) if table.rows else "", table.note]
     return "\n\n".join(part for part in parts if part)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(_escaped, cells))} |"
 
 
 def _escaped(cell: str) -> str:

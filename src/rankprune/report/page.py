@@ -11,7 +11,19 @@ from xml.etree.ElementTree import Element
 from rankprune.report import pictures, tables
 from rankprune.report.markup import element, html
 from rankprune.report.pictures import Point
-from rankprune.report.results import Result, accuracy, full_ranks, in_order, label, macs, method, plan_of, seeds_together
+from rankprune.report.results import (
+    Result,
+    accuracy,
+    full_ranks,
+    in_order,
+    label,
+    macs,
+    mean_of,
+    method,
+    plan_of,
+    seeds_together,
+    task,
+)
 from rankprune.report.tables import Table
 from rankprune.version import VERSION
 
@@ -60,19 +72,16 @@ def _side_by_side(results: Sequence[Result]) -> Element:
     }
     overview = tables.overview(results)
     if len({r["model"] for r in results}) == 1:  # the page's title names it, and a phone is narrow
-        overview = replace(overview, columns=overview.columns[1:], rows=[row[1:] for row in overview.rows], words=2)
+        overview = replace(
+            overview, columns=overview.columns[1:], rows=[row[1:] for row in overview.rows], words=overview.words - 1
+        )
     parts = [_scrolled(overview)]
-    for key in dict.fromkeys(_task(r) for r in results):
-        parts += _accuracy([r for r in results if _task(r) == key], colours)
+    for key in dict.fromkeys((r["model"], task(r)) for r in results):
+        parts += _accuracy([r for r in results if (r["model"], task(r)) == key], colours)
     if len(results) > 1:
         for table in tables.ranks_together(results):
             parts.append(_titled(table))
     return element("section", element("h2", "Results"), parts, aria_label="results")
-
-
-def _task(r: Result) -> tuple[str, str, str]:
-    """Accuracies of different tasks do not go into one picture."""
-    return r["model"], r["dataset"], r["test_split"]
 
 
 def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Element]:
@@ -80,7 +89,7 @@ def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Elemen
     by_ms: list[Point] = []
     legend: dict[str, tuple[int, str]] = {}
     for group in seeds_together(results):
-        r, tops = group[0], [accuracy(g) for g in group]
+        r, tops = mean_of(group), [accuracy(g) for g in group]
         top, name = sum(tops) / len(tops), label(r)
         dense = r["method"] == "dense"
         colour, shape = (0, "bar") if dense else (colours[method(r)], SHAPES.get(r["scheme"], "diamond"))
@@ -89,7 +98,7 @@ def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Elemen
         said = f"{r['name']}: {top:.2f} %{seeds}"
         share = 100 * macs(r) / r["macs_dense"]
         by_macs.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {share:.1f} % of the MACs"))
-        if "ms" in r:
+        if r.keys() >= {"ms", "ms_dense"}:
             share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} ms"
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
     references = [r["top1_dense"] for r in results if "top1_dense" in r]
@@ -100,7 +109,7 @@ def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Elemen
     if by_ms and references:
         top = sum(references) / len(references)
         by_ms.append(Point(100, top, min(references), max(references), 0, "bar", f"dense: {top:.2f} %"))
-    of, title = f"{results[0]['model']} on {results[0]['dataset']}", "top-1 accuracy, %"
+    of, title = f"{results[0]['model']} on {task(results[0])}", "top-1 accuracy, %"
     said = f"Accuracy against MACs of {len(by_macs)} networks"
     picture = pictures.scatter(by_macs, "MACs left, % of dense", title, said, 100, whole=(0, 100))
     cards = [_card(f"Accuracy against MACs, {of}", picture)]
@@ -168,10 +177,16 @@ def _tiles(r: Result) -> list[Element]:
         tile("MACs", f"{tables.times(r['macs_dense'], r['macs'])} fewer", f"{r['macs']:,} of {r['macs_dense']:,}"),
         tile("params", f"{tables.times(r['params_dense'], r['params'])} fewer", f"{r['params']:,} of {r['params_dense']:,}"),
     ]
-    if "ms" in r:
+    if r.keys() >= {"ms", "ms_dense"}:
         fast, slow = sorted((r["ms_dense"], r["ms"]))
         change = f"{tables.times(slow, fast)} {'faster' if r['ms'] == fast else 'slower'}"
-        tiles.append(tile(f"ms, batch {r.get('ms_batch', '')}", change, f"{r['ms']:.1f}, dense {r['ms_dense']:.1f}"))
+        tiles.append(
+            tile(
+                f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}",
+                change,
+                f"{r['ms']:.1f}, dense {r['ms_dense']:.1f}",
+            )
+        )
     return tiles
 
 

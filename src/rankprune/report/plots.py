@@ -1,5 +1,6 @@
 """Pictures: accuracy against cost, singular spectra before and after, ranks over training, a layer against its rank."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, accuracy, label, macs, seeds_together
+from rankprune.report.results import Result, accuracy, label, macs, mean_of, seeds_together, task
+from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,36 +50,36 @@ def plot_training(path: str | Path, before: Spectra, after: Spectra, history: Hi
 
 
 def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
-    """Draw top-1 accuracy against the share of MACs that is left, one panel a network, seeds averaged.
+    """Draw top-1 accuracy against the share of MACs that is left, one panel for each network and its images, seeds averaged.
 
     Raises:
         MissingExtraError: without matplotlib.
     """
     panels: dict[str, list[list[Result]]] = defaultdict(list)
     for group in seeds_together(results):
-        panels[group[0]["model"]].append(group)
+        panels[f"{group[0]['model']} on {task(group[0])}"].append(group)
     figure = _figure((5.5 * len(panels), 4.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (model, groups) in zip(axes, panels.items(), strict=True):
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for group in groups:
             tops = [accuracy(r) for r in group]
             mean = sum(tops) / len(tops)
             spread = (max(tops) - min(tops)) / 2
-            lines[label(group[0])].append((macs(group[0]) / group[0]["macs_dense"], mean, spread))
+            lines[label(group[0])].append((macs(mean_of(group)) / group[0]["macs_dense"], mean, spread))
         for name, points in lines.items():
             shares, tops, spreads = zip(*sorted(points), strict=True)
             if name.startswith("dense"):
                 ax.axhline(max(tops), color="grey", linewidth=1, linestyle="--", label=name)
             else:
                 ax.errorbar(shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name)
-        ax.set(title=model, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
+        ax.set(title=title, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
         ax.legend(fontsize="x-small", frameon=False)
     _save(figure, axes, path)
 
 
 def plot_results(folder: str | Path, results: Sequence[Result]) -> list[Path]:
-    """Draw accuracy.svg of all results and NAME.svg of each one that holds spectra; returns the files.
+    """Draw accuracy.svg of all results, and for each one that holds spectra a file that is named after it; returns the files.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -88,9 +90,11 @@ def plot_results(folder: str | Path, results: Sequence[Result]) -> list[Path]:
     plot_accuracy(files[0], results)
     for r in results:
         if "spectra" in r:
-            history = [(entry["epoch"] + 1, entry["ranks"]) for entry in r["log"] if entry["ranks"]]
-            files.append(folder / f"{r['name']}.svg")
-            plot_training(files[-1], r["spectra"]["before"], r["spectra"]["after"], history, time="epoch")
+            stem = re.sub(r"[^\w.-]+", "-", r["name"]).strip("-.") or "run"
+            taken = {file.stem for file in files}
+            name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(results) + 2))) if n not in taken)
+            files.append(folder / f"{name}.svg")
+            plot_training(files[-1], r["spectra"]["before"], r["spectra"]["after"], rank_history(r), time="epoch")
     return files
 
 

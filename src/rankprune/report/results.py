@@ -1,6 +1,7 @@
 """Results of experiments: reading their JSON files, naming them, and grouping those that differ in their seed only."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from rankprune.plan import Plan
 
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
+_DECOMPOSED = {"top1_before_decomposition", "top1", "macs", "params", "ranks"}
+_COSTS = ("macs_dense", "macs", "params_dense", "params", "ms_dense", "ms")
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
@@ -19,22 +22,28 @@ def read_results(paths: Iterable[str | Path]) -> list[Result]:
     Files in a folder that hold something else, such as other benchmarks, are left alone.
 
     Raises:
-        RankPruneError: if there is none, a file is not JSON, or one that was asked for by name is no result.
+        RankPruneError: if there is none, a file is not JSON, one asked for by name is no result, or a result lacks a field.
     """
     paths = [Path(path) for path in paths]
     results: dict[Path, Result] = {}
     for path in paths:
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
             data = _read(file)
-            if isinstance(data, dict) and data.keys() >= _ALWAYS:
-                results[file.resolve()] = data
-            elif file == path:
-                lacks = f"it lacks {', '.join(sorted(_ALWAYS - set(data)))}" if isinstance(data, dict) else "it is no object"
-                raise RankPruneError(f"{str(file)!r} is no result of an experiment: {lacks}")
+            if file != path and not (isinstance(data, dict) and data.keys() >= _ALWAYS):
+                continue
+            lacking = sorted(_needed(data) - data.keys()) if isinstance(data, dict) else ["all fields"]
+            if lacking:
+                raise RankPruneError(f"{str(file)!r} is no result of an experiment: it lacks {', '.join(lacking)}")
+            results[file.resolve()] = data
     if not results:
         named = ", ".join(repr(str(path)) for path in paths)
         raise RankPruneError(f"no results of experiments in {named}; write some with `rankprune bench run`")
     return list(results.values())
+
+
+def _needed(data: Result) -> set[str]:
+    """The fields that a result needs: more, if its network was decomposed."""
+    return _ALWAYS | ({"top1_dense"} if data.get("method", "dense") == "dense" else _DECOMPOSED)
 
 
 def _read(file: Path) -> Any:
@@ -52,20 +61,35 @@ def in_order(results: Sequence[Result]) -> list[Result]:
 
 
 def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
-    """The results grouped by experiment: those in one group differ in their seed only.
+    """The results grouped by experiment: those in one group differ in their seed only, also in that of what they build on.
 
     Settings that are off count as left out, for older results lack those that came later.
     """
-    groups: dict[str, list[Result]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
-        config = {k: _chosen(v) for k, v in r["config"].items() if v and k not in ("name", "start", "teacher", "reference")}
-        config["scratch"] = from_scratch(r)
-        groups[json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])].append(r)
+        config = {k: _chosen(v) for k, v in r["config"].items() if v and k not in ("name", "reference")}
+        key = json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])
+        again = 0  # the same seed twice is two experiments, whatever they differ in
+        while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
+            again += 1
+        groups[key, again].append(r)
     return list(groups.values())
 
 
+def mean_of(group: Sequence[Result]) -> Result:
+    """The first result of a group, with what its networks cost and take averaged over the group."""
+    means: Result = {}
+    for cost in _COSTS:
+        if all(cost in r for r in group):
+            mean = sum(r[cost] for r in group) / len(group)
+            means[cost] = mean if cost.startswith("ms") else round(mean)
+    return {**group[0], **means}
+
+
 def _chosen(value: Any) -> Any:
-    """A table of settings without the seed and those that are off."""
+    """A table of settings without the seed and those that are off; where weights come from without the seed of that run."""
+    if isinstance(value, str):
+        return re.sub(r"-seed\d+$", "", value)
     return {k: v for k, v in value.items() if v and k != "seed"} if isinstance(value, dict) else value
 
 
@@ -90,6 +114,11 @@ def from_scratch(r: Result) -> bool:
 def macs(r: Result) -> int:
     """The multiply-accumulates of the network that a result is about."""
     return r.get("macs", r["macs_dense"])
+
+
+def task(r: Result) -> str:
+    """The images that accuracies are on; those on others cannot be compared with them."""
+    return r["dataset"] if r["test_split"] == "test" else f"{r['dataset']}, {r['test_split']}"
 
 
 def accuracy(r: Result) -> float:

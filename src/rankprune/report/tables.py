@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankprune.report.results import Result, full_ranks, in_order, method, plan_of, seeds_together
+from rankprune.report.results import Result, full_ranks, in_order, mean_of, method, plan_of, seeds_together, task
 
 OLDER = "Not in this result, which another version of rankprune wrote."
 
@@ -41,30 +41,35 @@ def overview(results: Sequence[Result]) -> Table:
 
     The drop is the reference's accuracy minus that after decomposition, in points.
     """
-    columns = ("network", "method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer")
-    rows = [_row(group) for group in seeds_together(in_order(results))]
-    seeds = " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
-    return Table("Results", (*columns, "ms, batch 64", "faster"), rows, words=3, note=f"Drop: dense minus decomposed.{seeds}")
+    columns = ("method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer", "ms, batch 64", "faster")
+    groups = seeds_together(in_order(results))
+    rows = [_row(group) for group in groups]
+    first: tuple[str, ...] = ("network",)
+    names = [(group[0]["model"],) for group in groups]
+    if len({task(r) for r in results}) > 1:
+        first, names = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
+    note = "Drop: dense minus decomposed."
+    note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
+    rows = [(*name, *row) for name, row in zip(names, rows, strict=True)]
+    return Table("Results", (*first, *columns), rows, words=len(first) + 2, note=note)
 
 
 def _row(group: list[Result]) -> tuple[str, ...]:
-    r = group[0]
-    cells = [r["model"], method(r), r["scheme"] or "", str(r.get("epochs") or "")]
+    r = mean_of(group)
+    cells = [method(r), r["scheme"] or "", str(r.get("epochs") or "")]
     if r["method"] == "dense":
-        return (
-            *cells,
-            _spread([g["top1_dense"] for g in group]),
-            "",
-            f"{r['macs_dense']:,}",
-            "",
-            f"{r['params_dense']:,}",
-            "",
-            "",
-            "",
-        )
+        costs = (f"{r['macs_dense']:,}", "", f"{r['params_dense']:,}", "", "", "")
+        return (*cells, _spread([g["top1_dense"] for g in group]), "", *costs)
     cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
-    return (*cells, *((f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"])) if "ms" in r else ("", "")))
+    return (*cells, *((_milliseconds(r), times(r["ms_dense"], r["ms"])) if r.keys() >= {"ms", "ms_dense"} else ("", "")))
+
+
+def _milliseconds(r: Result) -> str:
+    """Those of the decomposed network, and what they are of if not of PyTorch eager and 64 images."""
+    batch, backend = r.get("ms_batch", 64), r.get("ms_backend", "eager")
+    other = [*([f"batch {batch}"] if batch != 64 else []), *([backend] if backend != "eager" else [])]
+    return f"{r['ms']:.1f}" + (f" ({', '.join(other)})" if other else "")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -131,13 +136,13 @@ def figures(r: Result) -> Table:
 
 def latency(r: Result) -> Table:
     """Milliseconds, and what they were taken on."""
-    if "ms" not in r:
+    if not r.keys() >= {"ms", "ms_dense"}:
         return Table("Latency", (), (), note=OLDER)
     batch, spread = str(r.get("ms_batch", "")), f"{r['ms_spread']:.1%}" if "ms_spread" in r else ""
-    row = batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
+    row = r.get("ms_backend", "eager"), batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
     where = machine(r)
     note = "Medians; spread: the larger of the two interquartile ranges, of its median."
-    columns = ("batch", "dense ms", "decomposed ms", "faster", "spread")
+    columns = ("runtime", "batch", "dense ms", "decomposed ms", "faster", "spread")
     return Table("Latency", columns, [row], note=f"{where}. {note}" if where else note)
 
 
@@ -166,7 +171,7 @@ def ranks_over_training(r: Result, columns: int = 8) -> Table:
 
 def rank_history(r: Result) -> list[tuple[int, Mapping[str, int]]]:
     """The epochs with ranks, the first epoch of a training being 1, and the ranks at their ends."""
-    return [(entry["epoch"] + 1, entry["ranks"]) for entry in r.get("log", ()) if entry["ranks"]]
+    return [(entry["epoch"] + 1, entry["ranks"]) for entry in r.get("log", ()) if entry.get("ranks")]
 
 
 def spectra(r: Result) -> Table:
