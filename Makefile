@@ -43,6 +43,7 @@ NETTE_ORDERED := $(filter %-dense,$(NETTE)) $(filter %-continued,$(NETTE)) $(fil
 
 bench-imagenette: .venv/ready
 	for row in $(NETTE_ORDERED); do $(RUN)/$$row.toml || exit 1; done
+	$(BIN)/rankprune report --into README.md --plots docs/plots
 
 # ResNets by the clock: fifteen minutes, with nothing else running.
 BY_CLOCK := $(BIN)/rankprune bench latency --backend onnxruntime --rule "Budget(latency=0.5, backend='onnxruntime')" \

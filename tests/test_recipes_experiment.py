@@ -282,6 +282,15 @@ def test_resnet18_on_photographs_goes_from_images_to_an_artefact(tmp_path: Path)
     assert rp.count(small, torch.zeros(1, 3, 32, 32)).macs == result["macs"]
 
 
+def test_the_experiment_in_the_documentation_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    (tmp_path / "row.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    e = Experiment.read(tmp_path / "row.toml")
+    assert e.reference == "run:imagenette-resnet18-dense-continued"
+    assert e.photographs is not None
+    assert e.photographs.sizes == (128, 160)
+
+
 ROWS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments").glob("*.toml"))
 
 
