@@ -83,7 +83,7 @@ def test_golden_names(artefact: Path) -> None:
     assert head["aliases"] == {"head.weight": "table.weight"}
     assert head["plan"].keys() == {
         *("format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted"),
-        *("ms_dense", "setting", "input_shapes"),
+        *("ms_dense", "ms_measured", "setting", "input_shapes"),
     }
     assert head["plan"]["layers"][1].keys() == {
         *("name", "kind", "shape", "scheme", "rank", "full_rank", "macs_before", "macs_after"),

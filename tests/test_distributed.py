@@ -67,8 +67,7 @@ def test_a_single_process_resumes_sharded_weights() -> None:
 def test_an_error_of_one_process_reaches_all() -> None:
     run = torchrun(WORKER, "fail", "fail-late")
     assert run.returncode == 0, run.stderr[-4000:]
-    assert sorted(run.stdout.split("\n")[:2]) == ["process 0 was told", "process 1 was told"]
-    assert run.stdout.count("was told of") == 8
+    assert (run.stdout.count("was told of"), run.stdout.count("was told")) == (8, 10)  # lines of two processes may run together
 
 
 @needs_gloo

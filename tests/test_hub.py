@@ -460,6 +460,8 @@ def test_a_damaged_folder_is_refused(file: str, content: str | None, message: st
         ({"builder": "resnet20"}, r"builder='resnet20'.*package\.module:callable"),
         ({"builder": "a:b\nimport os"}, r"package\.module:callable"),
         ({"arguments": {"dtype": torch.float32}}, r"cannot be written to config\.json"),
+        ({"builder": nn.Linear, "arguments": {}}, r"Linear cannot be called with arguments=\{\} \(missing a required argument"),
+        ({"arguments": {**ARGUMENTS, "colour": 1}}, r"got an unexpected keyword argument 'colour'"),
         ({"results": {"top-1 %": (1.0,)}}, r"results\['top-1 %'\]=\(1\.0,\): give two numbers"),
         ({"results": {"top-1 %": (1.0, None)}}, r"give two numbers"),
         ({"results": {"top-1 %": ("1", 2.0)}}, r"give two numbers"),

@@ -1,5 +1,6 @@
 """What builds a dense model: a function or class by its name, and arguments that JSON can hold. No name is imported here."""
 
+import inspect
 import json
 import re
 import reprlib
@@ -35,6 +36,26 @@ def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise RankPruneError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module; pass what builds the dense model")
     return model
+
+
+def check_arguments(builder: Builder, arguments: dict[str, Any]) -> None:
+    """Make sure that a builder takes these arguments and needs no others, as far as its signature tells.
+
+    Raises:
+        RankPruneError: if not.
+    """
+    try:
+        signature = inspect.signature(builder)
+    except (TypeError, ValueError):  # some have none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        name = getattr(builder, "__qualname__", repr(builder))
+        raise RankPruneError(
+            f"{name} cannot be called with arguments={reprlib.repr(arguments)} ({error}); give those that the dense model was "
+            "built with"
+        ) from error
 
 
 def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:

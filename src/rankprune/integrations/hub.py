@@ -10,7 +10,7 @@ from torch import nn
 
 from rankprune.checkpoint import load, load_plan, save
 from rankprune.errors import CheckpointError, MissingExtraError, RankPruneError
-from rankprune.integrations.builder import Builder, build, name_of, own_builder
+from rankprune.integrations.builder import Builder, build, check_arguments, name_of, own_builder
 from rankprune.integrations.model_card import Results, card_text
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
@@ -49,8 +49,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
             itself are added.
 
     Raises:
-        RankPruneError: for a builder that cannot be imported by its name, arguments that JSON cannot hold, or results that
-            are no pairs.
+        RankPruneError: for a builder that cannot be imported by its name, arguments that JSON cannot hold or that the builder
+            does not take, or results that are no pairs.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
                 f"arguments={arguments!r} cannot be written to {_CONFIG} ({error}); give a builder that takes numbers, strings "
                 "or lists and dicts of them"
             ) from error
+        if callable(builder):
+            check_arguments(builder, self.arguments)
         self.results = _pairs(results or {})
 
     def save_pretrained(
@@ -115,7 +117,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
 
         Raises:
             CheckpointError: as rankprune.save does.
-            huggingface_hub.errors.HfHubHTTPError: whatever the hub refuses.
+            huggingface_hub.errors.HfHubHTTPError: whatever the hub refuses; OfflineModeIsEnabled and LocalTokenNotFoundError
+                from the same module without a network or a login.
         """
         source = repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
         card = {**(model_card_kwargs or {}), "source": source}
