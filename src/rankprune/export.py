@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rankprune.backends import BACKENDS, FileBackend
-from rankprune.backends.base import refused, tensors
+from rankprune.backends.base import check_folder, refused, tensors
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.cost import Inputs, call, undisturbed
 from rankprune.errors import ExportError, RankPruneError
@@ -51,8 +51,7 @@ def _export(
     backend: FileBackend, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool | None, tolerance: float
 ) -> float:
     backend.require()
-    if not path.parent.is_dir():
-        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    check_folder(path)
     model = unwrap(model)
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         expected = tensors(call(model, x))

@@ -190,6 +190,21 @@ def tensors(values: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+def shapes(x: Inputs) -> tuple[tuple[int, ...], ...]:
+    """Those of all tensors in a model's inputs, in order."""
+    return tuple(tuple(tensor.shape) for tensor in tensors(x))
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a file can be written there.
+
+    Raises:
+        RankPruneError: if there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+
+
 def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
     """Inputs, in which the function has replaced all that is no tuple, list or mapping."""
     if isinstance(values, Mapping):

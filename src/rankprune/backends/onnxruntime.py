@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, export_arguments, reason_of, tensors
+from rankprune.backends.base import FileBackend, Program, arguments, check_folder, export_arguments, reason_of, tensors
 from rankprune.cost import Inputs
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 
@@ -134,8 +134,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
     source, path = Path(source), Path(path)
     if not source.is_file():
         raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
-    if not path.parent.is_dir():
-        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    check_folder(path)
     if isinstance(calibration, Tensor):
         raise RankPruneError("calibration is one tensor: give a list of batches, each as the model is called with")
     batches = iter(calibration)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.backends import backend_named
-from rankprune.backends.base import tensors
+from rankprune.backends.base import shapes, tensors
 from rankprune.cost import Inputs, count, cpu_name, undisturbed
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.replacement import with_pairs
@@ -110,9 +110,8 @@ class Meter:
     def layer(self, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
         """A layer with `tail` behind, over all its calls."""
         kind = str(subject.module.get_parameter("weight").dtype).removeprefix("torch.")
-        text = (
-            f"{subject.module} {kind} {[str(m) for m in tail]} { {s.name: list(ranks) for s, ranks in subject.ranks.items()} }"
-        )
+        ranks = {s.name: list(ranks) for s, ranks in subject.ranks.items()}
+        text = f"{subject.module} {kind} {[str(m) for m in tail]} {ranks}"
         calls = [
             self._known(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
             for shape in subject.input_shapes
@@ -147,11 +146,11 @@ class Meter:
             ms, noise = self._time(networks, x)
             return {"ms": ms, "spread": noise}
 
-        inputs = [(tuple(t.shape), t.stride(), t.dtype) for t in tensors(x)]
+        inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
         types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
         kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
         digest = hashlib.sha256(f"{kind} {model} {types} {inputs} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
-        found = self._known(f"{type(model).__name__} {digest} on {[shape for shape, *_ in inputs]}", measure)
+        found = self._known(f"{type(model).__name__} {digest} on {list(shapes(x))}", measure)
         return [round(ms * 1e6) for ms in found["ms"]]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

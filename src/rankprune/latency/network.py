@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.backends.base import tensors
+from rankprune.backends.base import shapes
 from rankprune.cost import Inputs
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
@@ -110,10 +110,10 @@ class NetworkLatency:
         if (there.backend, there.dtype, there.threads) != (self._backend, dtype, self._threads or there.threads):
             here = f"{self._backend} in {dtype}" + (f" on {self._threads} threads" if self._threads else "")
             raise RankPruneError(f"this state goes by times measured as {there}, not by {here}; give the same rule and dtype")
-        shapes = tuple(tuple(t.shape) for t in tensors(self._x))
-        if table.input_shapes != shapes:
+        here = shapes(self._x)
+        if table.input_shapes != here:
             raise RankPruneError(
-                f"this state goes by times measured on inputs of {list(table.input_shapes)}, not of {list(shapes)}; give "
+                f"this state goes by times measured on inputs of {list(table.input_shapes)}, not of {list(here)}; give "
                 "example_inputs of the same shapes"
             )
         tried = {name: {s.name: set(ranks) for s, ranks in subject.ranks.items()} for name, subject in self._subjects.items()}

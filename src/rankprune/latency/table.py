@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from rankprune.backends.base import tensors
+from rankprune.backends.base import shapes
 from rankprune.cost import Inputs
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
@@ -124,7 +124,7 @@ def measure_table(
     with Meter.metering(model, backend, threads) as meter:
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
         alone = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
-        table = LatencyTable(meter.setting, tuple(tuple(t.shape) for t in tensors(x)), alone)
+        table = LatencyTable(meter.setting, shapes(x), alone)
         return _after(table, meter, model, x, subjects, _first_variants(alone))
 
 

@@ -74,7 +74,7 @@ def train(
     )
     answers_of = taught(teacher, config.compile) if teacher is not None and config.distill else None  # before the model changes
     epochs = range(config.epochs) if epochs is None else epochs
-    settings = {"identity": dict(identity or {})} | _settings(config, batches, trp, epochs.start)
+    settings = {"identity": dict(identity or {}), **_settings(config, batches, trp, epochs.start)}
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)

@@ -16,6 +16,7 @@ from rankprune.report.results import (
     accuracy,
     full_ranks,
     in_order,
+    is_timed,
     label,
     macs,
     mean_of,
@@ -98,7 +99,7 @@ def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Elemen
         said = f"{r['name']}: {top:.2f} %{seeds}"
         share = 100 * macs(r) / r["macs_dense"]
         by_macs.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {share:.1f} % of the MACs"))
-        if r.keys() >= {"ms", "ms_dense"}:
+        if is_timed(r):
             share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} ms"
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
     references = [r["top1_dense"] for r in results if "top1_dense" in r]
@@ -177,7 +178,7 @@ def _tiles(r: Result) -> list[Element]:
         tile("MACs", f"{tables.times(r['macs_dense'], r['macs'])} fewer", f"{r['macs']:,} of {r['macs_dense']:,}"),
         tile("params", f"{tables.times(r['params_dense'], r['params'])} fewer", f"{r['params']:,} of {r['params_dense']:,}"),
     ]
-    if r.keys() >= {"ms", "ms_dense"}:
+    if is_timed(r):
         fast, slow = sorted((r["ms_dense"], r["ms"]))
         change = f"{tables.times(slow, fast)} {'faster' if r['ms'] == fast else 'slower'}"
         tiles.append(

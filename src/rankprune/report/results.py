@@ -121,6 +121,11 @@ def task(r: Result) -> str:
     return r["dataset"] if r["test_split"] == "test" else f"{r['dataset']}, {r['test_split']}"
 
 
+def is_timed(r: Result) -> bool:
+    """Whether it tells the milliseconds of both networks."""
+    return r.keys() >= {"ms", "ms_dense"}
+
+
 def accuracy(r: Result) -> float:
     """The top-1 accuracy in percent of the network that a result is about."""
     return r["top1_dense"] if r["method"] == "dense" else r["top1"]

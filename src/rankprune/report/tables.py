@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankprune.report.results import Result, full_ranks, in_order, mean_of, method, plan_of, seeds_together, task
+from rankprune.report.results import Result, full_ranks, in_order, is_timed, mean_of, method, plan_of, seeds_together, task
 
 OLDER = "Not in this result, which another version of rankprune wrote."
 
@@ -62,7 +62,7 @@ def _row(group: list[Result]) -> tuple[str, ...]:
         return (*cells, _spread([g["top1_dense"] for g in group]), "", *costs)
     cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
-    return (*cells, *((_milliseconds(r), times(r["ms_dense"], r["ms"])) if r.keys() >= {"ms", "ms_dense"} else ("", "")))
+    return (*cells, *((_milliseconds(r), times(r["ms_dense"], r["ms"])) if is_timed(r) else ("", "")))
 
 
 def _milliseconds(r: Result) -> str:
@@ -136,7 +136,7 @@ def figures(r: Result) -> Table:
 
 def latency(r: Result) -> Table:
     """Milliseconds, and what they were taken on."""
-    if not r.keys() >= {"ms", "ms_dense"}:
+    if not is_timed(r):
         return Table("Latency", (), (), note=OLDER)
     batch, spread = str(r.get("ms_batch", "")), f"{r['ms_spread']:.1%}" if "ms_spread" in r else ""
     row = r.get("ms_backend", "eager"), batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
