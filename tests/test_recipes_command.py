@@ -5,23 +5,38 @@ from pathlib import Path
 
 import pytest
 
+from rankprune.errors import RankPruneError
+
 app = pytest.importorskip("rankprune.cli.app", exc_type=ImportError).app
 Image = pytest.importorskip("PIL.Image")
 CliRunner = pytest.importorskip("typer.testing").CliRunner
 
 
-def test_train_resnet18_on_an_image_folder(tmp_path: Path) -> None:
+def invoke(*arguments: str) -> str:
+    outcome = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split, count in (("train", 6), ("val", 2)):
         for i, name in enumerate(("dark", "light") * count):
             path = tmp_path / "two" / split / name / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40 + i, 50), (40 + 160 * (i % 2), 90, 90 + i)).save(path)
     options = ["--epochs", "1", "--batch", "4", "--size", "32", "--workers", "0", "--every", "3", "--no-compile"]
-    command = ["train", "--model", "resnet18", "--data", str(tmp_path / "two"), *options, "--out", str(tmp_path / "out")]
-    outcome = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    assert "images/s" in outcome.output
+    data = ["--data", str(tmp_path / "two")]
+    assert "images/s" in invoke("train", "--model", "resnet18", *data, *options, "--out", str(tmp_path / "out"))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["model"], result["dataset"], result["train_images"], result["test_images"]) == ("resnet18", "two", 12, 4)
     assert (result["config"]["photographs"]["test_resize"], result["config"]["photographs"]["test_size"]) == (37, 32)
     assert result["macs_dense"] / result["macs"] > 2.19
+
+    builder = "from rankprune.recipes.imagenet_resnet import resnet18\n\n\ndef build():\n    return resnet18(2)\n"
+    (tmp_path / "users_networks.py").write_text(builder)
+    monkeypatch.syspath_prepend(tmp_path)
+    network = ["--model", "users_networks:build", "--artefact", str(tmp_path / "out" / "artefact")]
+    shown = invoke("evaluate", *network, *data, "--size", "32", "--workers", "0")
+    assert f"top-1 {result['top1']:.2f} % of 4 images" in shown
+    with pytest.raises(RankPruneError, match="--resize would do nothing without --size"):
+        invoke("evaluate", *network, *data, "--resize", "40")

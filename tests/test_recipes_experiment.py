@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.images import load_images
-from rankprune.recipes.networks import build, load_weights
+from rankprune.recipes.networks import build
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
@@ -45,7 +44,6 @@ def exactly_same(a: nn.Module, b: nn.Module) -> None:
         (lambda: Experiment("e", method="prune"), "method='prune'"),
         (lambda: Experiment("e", method="decompose"), "run:NAME"),
         (lambda: Experiment("e", method="trp+nu"), r"trp\.nuclear"),
-        (lambda: Experiment("e", trp=TrpConfig(factored=16)), r"factored=16.*ramp=0\.5, 30 epochs in all"),
     ],
 )
 def test_bad_experiments_are_named(build: Callable, said: str) -> None:
@@ -167,31 +165,6 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
     plain = read_tensors(folders.runs / "plain" / "artefact" / "model.safetensors")
     assert tuned.keys() == plain.keys()
     assert not torch.equal(tuned["layer1.0.conv1.0.weight"], plain["layer1.0.conv1.0.weight"])
-
-
-def test_the_last_epochs_in_factored_form(folders: Folders) -> None:
-    def killed_in(epoch: int, progress: Progress) -> None:
-        if (progress.epoch, progress.step) == (epoch, 2):
-            raise KilledError
-
-    training = replace(TINY.training, epochs=4)
-    e = replace(TINY, method="ours", training=training, trp=TrpConfig(every=2, ramp=0.25, factored=2))
-    for epoch in (0, 1, 2, 3):
-        with pytest.raises(KilledError):
-            run(e, folders, on_step=partial(killed_in, epoch))
-    resumed = run(e, folders)
-    whole = run(replace(e, name="whole"), folders)
-    assert resumed is not None
-    assert whole is not None
-    assert [entry["epoch"] for entry in whole["log"]] == [0, 1, 2, 3]
-    assert [bool(entry["ranks"]) for entry in whole["log"]] == [True, True, False, False]
-    assert [entry["loss"] for entry in resumed["log"]] == [entry["loss"] for entry in whole["log"]]
-    trained, turned = (read_tensors(folders.runs / name / "artefact" / "model.safetensors") for name in ("tiny", "whole"))
-    assert all(torch.equal(trained[name], turned[name]) for name in turned)
-    dense = build("resnet20", 4)
-    load_weights(dense, "run:whole", folders.models, folders.runs)
-    turned = rp.decompose(dense, rp.Plan.from_json(json.dumps(whole["plan"]))).state_dict()
-    assert not any(torch.equal(trained[name], turned[name]) for name in trained if name.endswith("weight"))
 
 
 def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:

@@ -9,26 +9,39 @@ from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
 from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
+from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from rankprune.recipes.photograph_batches import PhotographConfig, centre_batches
+from rankprune.recipes.photographs import load_photographs
 from rankprune.timing import measure_together
 
 
 def evaluate(
     model: ModelSpec,
-    data: Annotated[Path, typer.Option(help="CIFAR-10 files, parquet or an image folder.")],
+    data: Annotated[str, typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME.")],
     checkpoint: Checkpoint = None,
     artefact: Artefact = None,
     split: str = "test",
-    size: Annotated[int | None, typer.Option(help="Resize images to size x size.")] = None,
-    batch: int = 500,
+    size: Annotated[int | None, typer.Option(help="Crop photographs to the size x size pixels in their middle.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Their shorter side before that; size / 0.875 by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that decode photographs.")] = 8,
+    batch: int = 100,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> None:
-    """Top-1 accuracy of a dense or decomposed classifier on images."""
-    images = load_images(data, split, size)
-    accuracy = top1(build_model(model, checkpoint, artefact), eval_batches(images, batch, Normalize(mean, std)))
+    """Top-1 accuracy of a dense or decomposed classifier on images of one size, or with --size on photographs."""
+    if resize is not None and size is None:
+        raise RankPruneError("--resize would do nothing without --size")
+    network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
+    if size is None:
+        images = load_images(data, split)
+        batches = eval_batches(images, batch, normalize)
+    else:
+        images = load_photographs(data, split)
+        batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
+    accuracy = top1(network, batches)
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")
 
 

@@ -47,6 +47,7 @@ def train(
     ] = Path("runs/train"),
 ) -> None:
     """Train a ResNet with TRP, decompose it, and evaluate the decomposed model."""
+    sources = (data,) if data is not None and data.startswith(HUB) else ()
     experiment = experiments.Experiment(
         name=out.name,
         method=method,  # type: ignore[arg-type]
@@ -64,17 +65,12 @@ def train(
             seed=seed,
         ),
         trp=experiments.TrpConfig(rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze),
-        photographs=_photographs(data, size, workers) if model in IMAGENET else None,
+        photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
     )
     folders = experiments.Folders.from_environment(out.parent)
     if data is not None:
         folders = experiments.Folders(Path(data), Path(data), out.parent)
     _run(experiment, folders, out, "result")
-
-
-def _photographs(data: str | None, size: int, workers: int) -> PhotographConfig:
-    sources = (data,) if data is not None and data.startswith(HUB) else ()
-    return PhotographConfig(sources, (size,), test_resize=round(size / 0.875), test_size=size, workers=workers)
 
 
 def bench_run(

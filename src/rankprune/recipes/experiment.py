@@ -18,8 +18,7 @@ Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finet
 class TrpConfig:
     """The low-rank side of an experiment; `ramp` and `freeze` are fractions of the whole training. See TRP.
 
-    The last `factored` epochs train the decomposed network instead, which takes less time. `batch` is how many images a rule
-    that goes by latency times at once; None is one.
+    `batch` is how many images a rule that goes by latency times at once; None is one.
     """
 
     rule: str = "Budget(macs=1/2.2)"
@@ -29,7 +28,6 @@ class TrpConfig:
     nuclear_cadence: Literal["step", "projection"] = "step"
     ramp: float = 0.5
     freeze: float | None = None
-    factored: int = 0
     batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,11 +68,6 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise RankPruneError(f"method={self.method!r}: choose one of {', '.join(get_args(Method))}")
-        if not 0 <= self.trp.factored <= (1 - self.trp.ramp) * self.training.epochs:
-            raise RankPruneError(
-                f"factored={self.trp.factored}: give 0 or a number of epochs that leaves time for ramp={self.trp.ramp}, "
-                f"{self.training.epochs} epochs in all"
-            )
         if not self.start and self.method.startswith("decompose"):
             raise RankPruneError(f"method {self.method!r} needs weights to start from: set start to 'run:NAME' or to a file")
         if self.training.distill and not (self.teacher or self.start):

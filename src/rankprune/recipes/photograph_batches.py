@@ -54,6 +54,11 @@ class PhotographConfig:
         if self.workers < 0 or self.keep_gb < 0:
             raise RankPruneError(f"workers={self.workers}, keep_gb={self.keep_gb}: give 0 or more")
 
+    @classmethod
+    def at(cls, size: int, resize: int | None = None, **options: Any) -> "PhotographConfig":
+        """Training and test crops of `size` x `size`; the shorter side is 1 / 0.875 of it before, if no `resize` is given."""
+        return cls(sizes=(size,), test_resize=round(size / 0.875) if resize is None else resize, test_size=size, **options)
+
     def size_of(self, epoch: int, epochs: int) -> int:
         """The size of the training crops in one of `epochs` epochs."""
         return self.sizes[epoch * len(self.sizes) // max(1, epochs)]

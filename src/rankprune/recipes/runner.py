@@ -125,11 +125,8 @@ def _train(
         freeze=None if e.trp.freeze is None else round(e.trp.freeze * steps),
         example_inputs=x,
     )
-    turn = e.training.epochs - e.trp.factored
-    log = learn(model, trp=trp, epochs=range(turn))
+    log = learn(model, trp=trp)
     small = trp.finalize()
-    if e.trp.factored:
-        log += learn(small, checkpoint=checkpoint.with_name("factored.pt"), epochs=range(turn, e.training.epochs))
     return log, trp.plan, small
 
 

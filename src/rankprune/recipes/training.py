@@ -40,7 +40,6 @@ def train(
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
-    epochs: range | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> list[EpochLog]:
     """Train `model` in place and return a log of its epochs.
@@ -54,7 +53,6 @@ def train(
         checkpoint: written after every epoch, and after every config.checkpoint_steps steps of one. If it is there at the
             start and of the same config and identity, the run goes on from it and ends as it would have ended uninterrupted.
         identity: plain values that say what is trained on what, as far as it is not in the config.
-        epochs: those of the config's to run, successive ones; all by default. Data and learning rate are those of the whole.
 
     Raises:
         CheckpointError: if the checkpoint is of a run with another config or identity.
@@ -73,8 +71,7 @@ def train(
         nesterov=config.momentum > 0,
     )
     answers_of = taught(teacher, config.compile) if teacher is not None and config.distill else None  # before the model changes
-    epochs = range(config.epochs) if epochs is None else epochs
-    settings = {"identity": dict(identity or {}), **_settings(config, batches, trp, epochs.start)}
+    settings = {"identity": dict(identity or {}), **_settings(config, batches, trp)}
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)
@@ -90,7 +87,7 @@ def train(
 
     model.train()
     with nullcontext() if trp is None else _attached(trp, optimizer):
-        for epoch in epochs[len(journal.log) :]:
+        for epoch in range(len(journal.log), config.epochs):
             begin = time.perf_counter() - journal.seconds
             losses = torch.tensor(journal.loss_sum, device=device)
             stream = _Awaited(batches.epoch(epoch, journal.step), journal.waited)
@@ -159,7 +156,7 @@ def _attached(trp: TRP, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         trp.detach()
 
 
-def _settings(config: TrainConfig, batches: Batches, trp: TRP | None, begin: int) -> dict[str, Any]:
+def _settings(config: TrainConfig, batches: Batches, trp: TRP | None) -> dict[str, Any]:
     """All that has to be the same for a run to go on as it began; how often checkpoints are written may change."""
     training = {name: value for name, value in asdict(config).items() if name != "checkpoint_steps"}
-    return {"training": training, "data": batches.settings, "trp": trp and trp.settings, "begin": begin}
+    return {"training": training, "data": batches.settings, "trp": trp and trp.settings}
