@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.backends import onnxruntime as onnxruntime_backend
 from rankprune.backends.base import reason_of
+from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.export import _difference
 
 
@@ -24,6 +26,21 @@ def test_the_file_computes_what_the_model_does_at_any_batch_size(tmp_path):
     many = torch.randn(7, 3, 8, 8)
     (found,) = session.run(None, {session.get_inputs()[0].name: many.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model.eval()(many), rtol=1e-4, atol=1e-5)
+
+
+def test_what_one_onnx_file_cannot_hold_lies_beside_it(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    x = torch.randn(1, 3, 8, 8)
+    monkeypatch.setattr(onnxruntime_backend, "LIMIT", 4 * sum(p.numel() for p in model.parameters()) - 1)
+    assert rp.export_onnx(model, x, tmp_path / "large.onnx") < 1e-5
+    assert {f.name for f in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data"}
+    elsewhere = tmp_path.rename(tmp_path.with_name("elsewhere"))  # the one names the other by its own folder
+    session = onnxruntime.InferenceSession(str(elsewhere / "large.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+    programs = OnnxRuntime().load_each([model, model[0]], x)
+    assert all(torch.allclose(program(x)[0], m(x), atol=1e-5) for program, m in zip(programs, (model, model[0]), strict=True))
 
 
 def test_keyword_inputs(tmp_path):

@@ -20,7 +20,7 @@ def export(
 ) -> float:
     """Write the model as a file, then run the file and compare.
 
-    The suffix says for which runtime: ``.onnx`` (ONNX, opset 20, one file), ``.xml`` (OpenVINO, with a .bin beside it),
+    The suffix says for which runtime: ``.onnx`` (ONNX, opset 20, one file up to 2 GB), ``.xml`` (OpenVINO, with a .bin beside it),
     ``.pt2`` (AOTInductor), ``.pte`` (ExecuTorch with XNNPACK).
 
     Args:

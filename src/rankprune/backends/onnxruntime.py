@@ -17,6 +17,9 @@ from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 OPSET = 20
 """The version of ONNX's operators that files are written in."""
 
+LIMIT = 1_900_000_000
+"""Bytes of weights that go into one file; ONNX files end at 2 GiB. Those of larger models lie beside it, in ``.onnx.data``."""
+
 
 class OnnxRuntime(FileBackend):
     """ONNX Runtime. BatchNorm is folded into the convolutions when a file is written."""
@@ -43,7 +46,7 @@ class OnnxRuntime(FileBackend):
                 (*args, kwargs),
                 path,
                 dynamo=True,
-                external_data=False,
+                external_data=_bytes(model) > LIMIT,
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
                 verbose=False,
@@ -54,7 +57,7 @@ class OnnxRuntime(FileBackend):
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """One export for all, cut apart: most of an export's time does not depend on the model's size."""
-        if len(models) < 2:
+        if len(models) < 2 or sum(map(_bytes, models)) > LIMIT:
             return super()._load_each(models, x)
         import onnx.utils
 
@@ -71,6 +74,10 @@ class OnnxRuntime(FileBackend):
         ends = list(accumulate(outputs))
         parts = [cut.extract_model(inputs, results[end - n : end]) for end, n in zip(ends, outputs, strict=True)]
         return [_program(part.SerializeToString()) for part in parts]
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in chain(model.parameters(), model.buffers()))
 
 
 class _SideBySide(nn.Module):
