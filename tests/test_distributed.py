@@ -86,8 +86,14 @@ def test_a_process_that_dies_ends_the_run() -> None:
     assert "Signal 9" in run.stderr, run.stderr[-4000:]
 
 
+PHOTOGRAPHS = ["[photographs]", "sizes = [8]", "test_resize = 10", "test_size = 8", "workers = 1"]
+
+
 @needs_gloo
-def test_the_recipes_run_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [pytest.param([], id="images"), pytest.param(PHOTOGRAPHS, id="photographs", marks=pytest.mark.slow)]
+)
+def test_the_recipes_run_under_torchrun(more: list[str], tmp_path: Path) -> None:
     for split, images in (("train", coloured(48, 8)), ("test", coloured(30, 8, seed=5))):
         write_parquet(tmp_path / "tiny" / f"{split}-0.parquet", images)
     rows = [
@@ -97,8 +103,10 @@ def test_the_recipes_run_under_torchrun(tmp_path: Path) -> None:
         "[training]",
         "epochs = 1",
         "compile = false",
+        "lr = 0.001",
         "[trp]",
         "every = 2",
+        *more,
     ]
     (tmp_path / "row.toml").write_text("\n".join(rows))
     results: dict[str, dict] = {}

@@ -14,7 +14,7 @@ from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
 from rankprune.report.results import read_results, seeds_together
-from rankprune.report.tables import Table, latency, overview, ranks_over_training, ranks_together, run_tables, tables
+from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +49,12 @@ def test_seeds_have_their_costs_averaged_too():
     assert "| 88.00 ± 0.00 | 2.00 ± 0.00 | 300 | 3.33x | 40 | 2.50x | 4.0 | 2.50x |" in table
 
 
+def test_the_time_that_training_waited_for_images_is_told():
+    log = [{"seconds": 30.0, "input_share": 0.1}, {"seconds": 10.0, "input_share": 0.5}, {"seconds": 5.0, "input_share": None}]
+    assert ("waited for input", "20.0% of the time") in config(result("trp", 88.0, log=log)).rows
+    assert "waited" not in str(config(result("trp", 88.0, log=log[2:])).rows)
+
+
 def test_what_a_run_builds_on_sets_experiments_apart_but_for_its_seed():
     configs = [
         {"start": "a", "teacher": "run:dense"},
@@ -57,7 +63,7 @@ def test_what_a_run_builds_on_sets_experiments_apart_but_for_its_seed():
         {"start": "a", "teacher": "run:wide"},
     ]
     seeds = [0, 1, 0, 0]
-    results = [result("ours", 88.0, seed, config=config) for seed, config in zip(seeds, configs, strict=True)]
+    results = [result("ours", 88.0, seed, config=settings) for seed, settings in zip(seeds, configs, strict=True)]
     assert [len(group) for group in seeds_together(results)] == [2, 1, 1]
     again = result("ours", 80.0, 0, config=configs[0])
     assert [len(group) for group in seeds_together([*results, again])] == [2, 1, 1, 1]
@@ -287,8 +293,8 @@ def test_terminal_tables_take_texts_as_they_are(tmp_path):
 
 def test_settings_that_are_off_do_not_keep_seeds_apart():
     old, new = (
-        result("trp", 88.0, seed, config=config)
-        for seed, config in enumerate(({"start": "a"}, {"start": "a", "photographs": None}))
+        result("trp", 88.0, seed, config=settings)
+        for seed, settings in enumerate(({"start": "a"}, {"start": "a", "photographs": None}))
     )
     other = result("trp", 87.0, 2, config={"start": "a", "photographs": {"size": 64}})
     assert [len(group) for group in seeds_together([old, new, other])] == [2, 1]
