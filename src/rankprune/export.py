@@ -20,8 +20,8 @@ def export(
 ) -> float:
     """Write the model as a file, then run the file and compare.
 
-    The suffix says for which runtime: ``.onnx`` (ONNX, opset 20, one file up to 2 GB), ``.xml`` (OpenVINO, with a .bin beside it),
-    ``.pt2`` (AOTInductor), ``.pte`` (ExecuTorch with XNNPACK).
+    The suffix says for which runtime: ``.onnx`` (ONNX, opset 20, one file up to 2 GB), ``.xml`` (OpenVINO, with a .bin beside
+    it), ``.pt2`` (AOTInductor), ``.pte`` (ExecuTorch with XNNPACK).
 
     Args:
         x: example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.

@@ -1,6 +1,5 @@
 """rankprune evaluate and rankprune count."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
