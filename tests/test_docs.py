@@ -46,14 +46,14 @@ def blocks(text: str) -> list[tuple[str, str | None]]:
 
 
 def alike(shown: str, printed: str) -> bool:
-    """Whether two texts are the same but for white space, and numbers differ by less than 30 % or by 1 if whole."""
+    """Whether two texts are the same but for white space, and numbers differ by less than 10 % or by 1 if whole."""
     figures, others = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (shown, printed))
     same = [NUMBER.sub("#", text).split() for text in (shown, printed)]
     return (
         same[0] == same[1]
         and len(figures) == len(others)
         and all(
-            math.isclose(a, b, rel_tol=0.3) or (a.is_integer() and b.is_integer() and abs(a - b) <= 1)
+            math.isclose(a, b, rel_tol=0.1) or (a.is_integer() and b.is_integer() and abs(a - b) <= 1)
             for a, b in zip(figures, others, strict=True)
         )
     )
