@@ -27,7 +27,7 @@ from rankprune.recipes.runner import provenance, write
 from rankprune.rules import parse_rule
 from rankprune.timing import spread, time_together
 
-BATCH, CALIBRATION = 64, 512
+BATCH, CALIBRATION, ROUND_TO = 64, 512, 16
 
 
 def accuracy(program: Callable[[Tensor], list[Tensor]], batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -75,13 +75,17 @@ def main() -> None:
         trained.append({**row, "top1": accuracy(program, test)})
         show(trained[-1])
     torch.manual_seed(0)
+    x = torch.zeros(1, 3, 32, 32)
+    costs = {"macs_dense": rp.count(dense, x).macs, "macs": rp.count(small, x).macs}
     wide, photographs = build("resnet18", 1000), [torch.randn(1, 3, 224, 224) for _ in range(8)]
-    plan = rp.make_plan(wide, photographs[0], scheme="spatial", rule=parse_rule(e.trp.rule), round_to=16)
+    plan = rp.make_plan(wide, photographs[0], scheme="spatial", rule=parse_rule(e.trp.rule), round_to=ROUND_TO)
     untrained = [row for row, _ in rows(wide, rp.decompose(wide, plan), photographs)]
     for row in untrained:
         show(row)
     images = {"test_images": len(test) * BATCH, "calibration_images": CALIBRATION, "batch": BATCH}
-    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": trained, "resnet18_224": untrained, **provenance()}
+    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": trained, **costs}
+    of_wide = {"rule": e.trp.rule, "round_to": ROUND_TO, "macs_dense": plan.macs_dense, "macs": plan.macs, "rows": untrained}
+    result |= {"resnet18_224": of_wide, **provenance()}
     write(result, Path(__file__).parent / "results" / "int8.json")
 
 

@@ -4,13 +4,16 @@ Every line of the result sets a variant beside the pair as the library builds it
 
 - the order of the spatial scheme's two layers: 1 x 3 first instead of 3 x 1,
 - where the stride goes: all of it in the first layer, or all of it in the second, instead of one axis each,
-- ranks one below and one above a multiple of 16,
+- ranks around a multiple of 16, of the spatial and of the channel scheme,
 - channels_last (eager), BatchNorm folded (eager; ONNX files have it folded).
+
+The first three in ONNX Runtime and in OpenVINO.
 
     python benchmarks/pairs.py
 """
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,19 @@ from rankprune.schemes import SCHEMES
 from rankprune.timing import spread, time_together
 
 RESULT = Path(__file__).parent / "results" / "pairs.json"
-LAYERS = [(64, 64, 1, 56, 32), (128, 128, 1, 28, 48), (256, 256, 1, 14, 96), (512, 512, 1, 7, 160), (128, 256, 2, 28, 64)]
-"""Input and output channels, stride, side of the image, rank: about a third of the dense layer's MACs."""
+LAYERS = [
+    (64, 64, 1, 56, 32, 16),
+    (128, 128, 1, 28, 48, 32),
+    (256, 256, 1, 14, 96, 80),
+    (512, 512, 1, 7, 160, 160),
+    (128, 256, 2, 28, 64, 64),
+]
+"""Input and output channels, stride, side of the image, spatial and channel rank: about a third of the dense layer's MACs."""
 
 
-def spatial(c: int, n: int, s: int, r: int) -> nn.Sequential:
+def pair(scheme: str, c: int, n: int, s: int, r: int) -> nn.Sequential:
     """The pair as the library builds it."""
-    return SCHEMES["spatial"].pair_like(nn.Conv2d(c, n, 3, s, 1, bias=False), r)
+    return SCHEMES[scheme].pair_like(nn.Conv2d(c, n, 3, s, 1, bias=False), r)
 
 
 def horizontal_first(c: int, n: int, s: int, r: int) -> nn.Sequential:
@@ -50,7 +59,7 @@ def stride_last(c: int, n: int, s: int, r: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c, r, (3, 1), 1, (1, 0), bias=False), nn.Conv2d(r, n, (1, 3), s, (0, 1), bias=False))
 
 
-def compare(backend: str, models: dict[str, nn.Module], x: Tensor | dict[str, Tensor]) -> list[dict[str, Any]]:
+def compare(backend: str, models: Mapping[str, nn.Module], x: Tensor | dict[str, Tensor]) -> list[dict[str, Any]]:
     """A row for each model, the first being what the others are set beside."""
     for parameter in (p for m in models.values() for p in m.parameters()):
         nn.init.normal_(parameter, std=0.05)
@@ -74,17 +83,26 @@ def compare(backend: str, models: dict[str, nn.Module], x: Tensor | dict[str, Te
 def main() -> None:
     """Measure, print, and write the result."""
     rows = []
-    for c, n, s, side, r in LAYERS:
+    for c, n, s, side, r, k in LAYERS:
         x = torch.randn(1, c, side, side)
-        variants = {"spatial": spatial(c, n, s, r), "1 x 3 first": horizontal_first(c, n, s, r)}
+        orders: dict[str, nn.Module] = {"spatial": pair("spatial", c, n, s, r), "1 x 3 first": horizontal_first(c, n, s, r)}
         if s > 1:
-            variants |= {"stride in the first": stride_first(c, n, s, r), "stride in the second": stride_last(c, n, s, r)}
-        variants |= {f"rank {r + d}": spatial(c, n, s, r + d) for d in (-16, -8, -1, 1, 8)}
-        found = compare("onnxruntime", variants, x)
-        normed = nn.Sequential(spatial(c, n, s, r), nn.BatchNorm2d(n)).eval()
+            orders |= {"stride in the first": stride_first(c, n, s, r), "stride in the second": stride_last(c, n, s, r)}
+        ranks = {
+            scheme: {f"{scheme} {of + d}": pair(scheme, c, n, s, of + d) for d in (0, -8, -1, 1, 8, 16)}
+            for scheme, of in (("spatial", r), ("channel", k))
+        }
+        found = [
+            row
+            for backend in ("onnxruntime", "openvino")
+            for variants in (orders, ranks["spatial"], ranks["channel"])
+            for row in compare(backend, variants, x)
+        ]
+        normed = nn.Sequential(pair("spatial", c, n, s, r), nn.BatchNorm2d(n)).eval()
         folded = nn.Sequential(normed[0][0], fuse_conv_bn_eval(normed[0][1], normed[1]))
         found += compare("eager", {"with BatchNorm": normed, "BatchNorm folded": folded}, x)
-        plain, last = spatial(c, n, s, r), spatial(c, n, s, r).to(memory_format=torch.channels_last)
+        plain, last = (pair("spatial", c, n, s, r) for _ in range(2))
+        last.to(memory_format=torch.channels_last)
         dense, dense_last = (nn.Conv2d(c, n, 3, s, 1, bias=False) for _ in range(2))
         wide = x.to(memory_format=torch.channels_last)
         pairs = {"contiguous": plain, "channels_last": last}
@@ -95,7 +113,7 @@ def main() -> None:
             print(
                 f"{c:4} {n:4} /{s} {side:3}  {row['variant']:22} {row['backend']:12} {row['ms']:7.3f} ms {row['of_first']:6.2f}"
             )
-        rows += [{"layer": [c, n, s, side, r], **row} for row in found]
+        rows += [{"layer": [c, n, s, side], **row} for row in found]
     write({"benchmark": "pairs", "rows": rows, **provenance()}, RESULT)
 
 
