@@ -39,8 +39,8 @@ def test_a_share_of_an_unknown_length(length: float) -> None:
 def test_shares_and_steps() -> None:
     owner = OwnsTRP(rule=rp.Energy(0.9), ramp=0.25, freeze=30, include=["*"])
     trp = owner.start(nn.Sequential(nn.Linear(8, 8)), 50, None)
-    assert (trp.ramp, trp.freeze) == (12, 30)
-    assert owner.start(nn.Sequential(nn.Linear(8, 8)), 100, None).ramp == 25
+    assert (trp.schedule.ramp, trp.schedule.freeze) == (12, 30)
+    assert owner.start(nn.Sequential(nn.Linear(8, 8)), 100, None).schedule.ramp == 25
     assert not OwnsTRP(rule=rp.Energy(0.9), ramp=3).needs_length
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -21,6 +21,7 @@ from rankprune.plan import Plan
 from rankprune.planner import Factored, Planner
 from rankprune.projection import project_factored, project_with_subgradients, subgradients
 from rankprune.ranks import RankRule
+from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
 from rankprune.survey import Key
 
@@ -51,6 +52,7 @@ class TRP:
             called; None is all of them. They share out the factorisations and hold equal weights after every projection.
 
     Attributes:
+        schedule: when it projects, and by which rule.
         plan: the plan of the last projection; None before the first.
         steps: optimizer steps taken while attached (steps that a GradScaler skipped are not counted).
         history: for every projection the step it followed and the rank of each layer it decomposed.
@@ -76,20 +78,10 @@ class TRP:
         round_to: int = 1,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise RankPruneError(f"every={every}: give a whole number of optimizer steps, at least 1, like 20")
         if not nuclear >= 0:
             raise RankPruneError(f"nuclear={nuclear}: give a weight of at least 0, like 3e-4")
         if nuclear_cadence not in ("step", "projection"):
             raise RankPruneError(f"nuclear_cadence={nuclear_cadence!r}: choose 'step' or 'projection'")
-        if (
-            not isinstance(ramp, int)
-            or not isinstance(freeze, int | None)
-            or not 0 <= ramp <= (ramp if freeze is None else freeze)
-        ):
-            raise RankPruneError(
-                f"ramp={ramp}, freeze={freeze}: give whole numbers of steps, freeze no earlier than the ramp's end"
-            )
         self._planner = Planner(
             model,
             scheme=scheme,
@@ -99,11 +91,8 @@ class TRP:
             exclude=exclude,
             round_to=round_to,
         )
-        if ramp:
-            rule.relaxed(0.5)  # raises for a rule that cannot be annealed
-        self.model = self._planner.model
-        self.every, self.nuclear, self.nuclear_cadence = every, nuclear, nuclear_cadence
-        self.ramp, self.freeze = ramp, freeze
+        self.model, self.schedule = self._planner.model, Schedule(rule, every, ramp, freeze)
+        self.nuclear, self.nuclear_cadence = nuclear, nuclear_cadence
         self.plan: Plan | None = None
         self.steps = 0
         self.history: list[tuple[int, dict[str, int]]] = []
@@ -195,7 +184,7 @@ class TRP:
         self.steps += 1
         if self.nuclear_cadence == "projection":
             self._subgradients = {}
-        if self.steps % self.every == 0:
+        if self.schedule.projects_after(self.steps):
             with self._stopwatch.running(self._device()):
                 self.project()
 
@@ -214,14 +203,14 @@ class TRP:
             UserWarning: if a budget of latency cannot be met by those times; ranks are then chosen by the earlier ones.
         """
         planner = self._planner
-        frozen = self.freeze is not None and self.steps >= self.freeze and not self._annealed
+        frozen = self.schedule.keeps_ranks_after(self.steps) and not self._annealed
         if planner.latency is not None and planner.latency.table is None:
             planner.join(planner.team)  # not attached
         if self.plan is not None and frozen:
             planned = [(name, entry.scheme or "") for name, entry in self.plan.decomposed.items()]
             factored = planner.factor(self._starts, None if self.nuclear else planned)
         else:
-            rule = self._rule()
+            rule = self.schedule.rule_after(self.steps)
             factored = planner.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
                 self._correct_latency(factored)
@@ -250,10 +239,6 @@ class TRP:
 
     def _device(self) -> torch.device:
         return next(iter(self._planner.layers.values())).module.get_parameter("weight").device
-
-    def _rule(self) -> RankRule:
-        progress = 1.0 if self.steps >= self.ramp else self.steps / self.ramp
-        return self._planner.rule if progress == 1 else self._planner.rule.relaxed(1 - (1 - progress) ** 3)
 
     @property
     def overhead(self) -> float:
@@ -292,7 +277,7 @@ class TRP:
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
         if self.plan is None or self._projected_at != self.steps or self._annealed:
-            self.ramp = min(self.ramp, self.steps)
+            self.schedule = replace(self.schedule, ramp=min(self.schedule.ramp, self.steps))
             self.plan = self.project()
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             project_factored(self._planner, self.plan, self._planner.factor())
@@ -335,10 +320,17 @@ class TRP:
     @property
     def settings(self) -> dict[str, Any]:
         """The choices it was made with, as plain values."""
-        names = ("every", "nuclear", "nuclear_cadence", "ramp", "freeze")
-        planner = self._planner
-        chosen = {"rule": repr(planner.rule), "scheme": planner.scheme, "round_to": planner.round_to}
-        return chosen | {name: getattr(self, name) for name in names}
+        planner, schedule = self._planner, self.schedule
+        return {
+            "rule": repr(schedule.rule),
+            "scheme": planner.scheme,
+            "round_to": planner.round_to,
+            "every": schedule.every,
+            "ramp": schedule.ramp,
+            "freeze": schedule.freeze,
+            "nuclear": self.nuclear,
+            "nuclear_cadence": self.nuclear_cadence,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict(), bit for bit; the model's and the optimizer's states are loaded before.

@@ -1,0 +1,43 @@
+"""When a training projects, and by which rule at which step."""
+
+from dataclasses import dataclass
+
+from rankprune.errors import RankPruneError
+from rankprune.ranks import RankRule
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A projection after every `every`-th step, by a rule that is annealed over `ramp` steps, to ranks kept from `freeze` on.
+
+    Raises:
+        RankPruneError: for values out of range, or a ramp for a rule that cannot be annealed.
+    """
+
+    rule: RankRule
+    every: int
+    ramp: int = 0
+    freeze: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise RankPruneError(f"every={self.every}: give a whole number of optimizer steps, at least 1, like 20")
+        whole = isinstance(self.ramp, int) and isinstance(self.freeze, int | None)
+        if not whole or not 0 <= self.ramp <= (self.ramp if self.freeze is None else self.freeze):
+            raise RankPruneError(
+                f"ramp={self.ramp}, freeze={self.freeze}: give whole numbers of steps, freeze no earlier than the ramp's end"
+            )
+        if self.ramp:
+            self.rule.relaxed(0.5)
+
+    def projects_after(self, steps: int) -> bool:
+        """Whether a projection follows the last of so many steps."""
+        return steps % self.every == 0
+
+    def rule_after(self, steps: int) -> RankRule:
+        """The rule after so many steps: the one itself, or on the ramp a milder one, by a cubic that is fast at first."""
+        return self.rule if steps >= self.ramp else self.rule.relaxed(1 - (1 - steps / self.ramp) ** 3)
+
+    def keeps_ranks_after(self, steps: int) -> bool:
+        """Whether ranks are chosen no more after so many steps."""
+        return self.freeze is not None and steps >= self.freeze
