@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -27,3 +29,14 @@ except RuntimeError:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cache_by_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that latencies are kept in; they are taken by our clock, and "timeless" is a backend."""
+    import own_clock
+
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    own_clock.add(monkeypatch, own_clock.Timeless())
+    own_clock.use(monkeypatch)
+    return tmp_path / "cache"

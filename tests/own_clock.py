@@ -1,13 +1,17 @@
 """A clock of our own for latencies: what they are then does not depend on the machine."""
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from rankprune import backends, comparison
 from rankprune.backends import Backend, Program
 from rankprune.backends.pytorch import Eager
+from rankprune.budget import Budget
 from rankprune.cost import Inputs, parameter_count
-from rankprune.latency import meter
+from rankprune.distributed import Team
+from rankprune.latency import LatencyTable, meter
+from rankprune.planner import Planner
 from rankprune.timing import time_together
 
 MS_PER_PARAMETER, MS_PER_LAYER = 4e-4, 0.3
@@ -80,3 +84,29 @@ def count_timings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(meter, "time_together", counted)
     return found
+
+
+def network() -> tuple[nn.Module, Tensor]:
+    """A narrow layer, which no pair makes faster, and wide ones."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.Conv2d(32, 8, 1),
+        nn.Conv2d(8, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+    ]
+    layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(), nn.Linear(512, 10)]
+    return nn.Sequential(*layers), torch.randn(2, 3, 4, 4)
+
+
+def budget(fraction: float) -> Budget:
+    return Budget(latency=fraction, backend="timeless")
+
+
+def measured(model: nn.Module, x: Tensor, rule: Budget, scheme: str = "auto") -> LatencyTable:
+    """The table that a plan would be made by."""
+    planner = Planner(model, scheme=scheme, rule=rule, example_inputs=x)
+    planner.join(Team.alone())
+    assert planner.latency is not None
+    return planner.latency.known

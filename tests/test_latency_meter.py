@@ -1,0 +1,260 @@
+"""How layers are timed: ranks, settings, cache, noise, and what is timed with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import own_clock
+import rankprune as rp
+from own_clock import budget, measured, network
+from rankprune.backends import Program
+from rankprune.comparison import compare
+from rankprune.cost import Inputs
+from rankprune.latency import Setting, Subject, measure_layer, meter, ranks_to_try
+from rankprune.latency.cache import LatencyCache
+from rankprune.latency.followers import followers
+from rankprune.schemes import SCHEMES
+
+pytestmark = pytest.mark.usefixtures("cache_by_own_clock")
+
+
+@pytest.mark.parametrize(
+    ("largest", "multiple", "low", "step"),
+    [
+        (96, 1, [], 8),
+        (768, 1, [8, 16, 32], 64),
+        (7, 1, [], 1),
+        (460, 1, [8, 16], 32),
+        (1, 1, [], 1),
+        (96, 24, [], 24),
+        (5, 7, [], 7),
+    ],
+)
+def test_ranks_to_try_are_multiples_of_a_power_of_two(largest: int, multiple: int, low: list[int], step: int) -> None:
+    assert ranks_to_try(largest, 12, multiple) == low + list(range(step, largest + 1, step))
+
+
+def test_what_was_measured_is_not_measured_again(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network()
+    first = measured(model, x, budget(0.7))
+    (file,) = cache_by_own_clock.iterdir()
+    written = json.loads(file.read_text())
+    assert written["setting"]["backend"] == "timeless"
+    assert {"threads", "dtype", "memory_format", "cpu", "version", "device"} <= written["setting"].keys()
+    monkeypatch.setattr(meter, "time_together", None)
+    assert measured(model, x, budget(0.7)) == first
+    with pytest.raises(TypeError):  # another batch is another measurement
+        measured(model, x[:1], budget(0.7))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"setting": 1}', "\x80"])
+def test_a_damaged_cache_is_measured_anew(cache_by_own_clock: Path, text: str) -> None:
+    model, x = network()
+    first = measured(model, x, budget(0.7))
+    (file,) = cache_by_own_clock.iterdir()
+    file.write_bytes(text.encode("latin-1"))
+    LatencyCache._remembered.clear()
+    assert measured(model, x, budget(0.7)) == first
+    assert json.loads(file.read_text())["measured"]
+
+
+def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(programs: list[Program], x: Inputs) -> list[list[float]]:
+        factors = [5.0] + [1.0] * (len(programs) - 1)  # pairs take a fifth
+        return [[ms * factor for ms in (1.0, 2.0, 3.0, 4.0, 5.0)] for factor in factors]
+
+    monkeypatch.setattr(meter, "time_together", noisy)
+    model, x = network()
+    with pytest.warns(rp.NoisyMeasurementWarning, match=r"vary by more than 20%, the worst by 100%.*Budget\(macs=0.5\)"):
+        noisy_ns = measured(model, x, budget(0.9)).network_ns
+    assert not cache_by_own_clock.exists()
+    own_clock.use(monkeypatch)  # the machine is calm again
+    assert measured(model, x, budget(0.9)).network_ns != noisy_ns
+
+
+def test_one_noisy_program_of_many_is_not_a_noisy_machine(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(programs: list[Program], x: Inputs) -> list[list[float]]:
+        found = own_clock.clock(programs, x, 5)
+        if len(programs) < 4:
+            return found
+        return [[ms * factor for ms, factor in zip(found[0], (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)], *found[1:]]
+
+    monkeypatch.setattr(meter, "time_together", noisy)
+    measured(*network(), budget(0.9))
+    assert cache_by_own_clock.exists()
+
+
+class Doubly(own_clock.Timeless):
+    """float32 takes twice as long as bfloat16."""
+
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
+        program = super()._load(model, x)
+        program.ms *= sum(p.element_size() / 2 for p in model.parameters()) / len(list(model.parameters()))  # type: ignore[attr-defined]
+        return program
+
+
+def test_layers_of_another_dtype_are_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mixed(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.dtype = dtype
+            self.first, self.wide, self.last = nn.Linear(64, 256), nn.Linear(256, 256).to(dtype), nn.Linear(256, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.wide(self.first(x).to(self.dtype)).float())
+
+    own_clock.add(monkeypatch, Doubly())
+    narrow, wide = (
+        measured(Mixed(dtype), torch.randn(4, 64), budget(1.0)).alone["wide"].dense_ns
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert wide == pytest.approx(2 * narrow, rel=1e-4)
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    model, x = network()
+    layer = model[5]
+    once, twice = (Subject(layer, ((2, 32, 4, 4),) * calls, {SCHEMES["spatial"]: [16]}) for calls in (1, 2))
+    first, second = (measure_layer(model, x, "5", subject, "timeless") for subject in (once, twice))
+    assert second.dense_ns == pytest.approx(2 * first.dense_ns, rel=1e-4)
+    assert second.pair_ns["spatial"][16] == pytest.approx(2 * first.pair_ns["spatial"][16], rel=1e-4)
+
+
+def test_measuring_leaves_random_numbers_as_they_are(cache_by_own_clock: Path) -> None:
+    model, x = network()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    measured(model, x, budget(0.7))
+    assert cache_by_own_clock.exists()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("eager", "meta"), ("onnxruntime", "cpu")])
+def test_the_device_is_where_the_program_runs(backend: str, device: str) -> None:
+    assert Setting.of(nn.Linear(2, 2, device="meta"), backend).device == device
+    assert Setting.of(nn.Linear(2, 2), backend, 3) == Setting.of(nn.Linear(2, 2, device="cpu"), backend, 3)
+
+
+def test_threads_that_are_asked_for_are_used_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(own_clock.Timeless):
+        """Sees how many threads there are."""
+
+        def _load(self, model: nn.Module, x: Inputs) -> Program:
+            seen.add(torch.get_num_threads())
+            return super()._load(model, x)
+
+    seen: set[int] = set()
+    own_clock.add(monkeypatch, Counting())
+    model, x = network()
+    before = torch.get_num_threads()
+    table = measured(model, x, rp.Budget(latency=0.7, backend="timeless", threads=before + 2))
+    assert seen == {before + 2}
+    assert table.setting.threads == before + 2
+    assert torch.get_num_threads() == before
+    seen.clear()
+    assert measured(model, x, budget(0.7)).setting.threads == before
+    assert seen == {before}
+
+
+def test_threads_that_a_backend_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(own_clock.Timeless):
+        """Decides on its threads by itself."""
+
+        takes_threads = False
+        threads = 5
+
+    own_clock.add(monkeypatch, Own())
+    model, x = network()
+    for given in (None, 5):
+        assert measured(model, x, rp.Budget(latency=0.7, backend="timeless", threads=given)).setting.threads == 5
+    with pytest.raises(rp.RankPruneError, match="threads=2: timeless decides that by itself, here on 5"):
+        rp.make_plan(model, x, rule=rp.Budget(latency=0.7, backend="timeless", threads=2))
+    assert "threads=2" in compare({"dense": model}, x, ["timeless"], threads=2).failed["timeless"]
+
+
+def test_channels_last_and_bfloat16_are_other_settings(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looking(own_clock.Timeless):
+        """Sees what single layers are called with."""
+
+        def _load(self, model: nn.Module, x: Inputs) -> Program:
+            if isinstance(x, Tensor) and x.shape[1] == 32:
+                seen.add((x.is_contiguous(memory_format=torch.channels_last), x.dtype))
+            return super()._load(model, x)
+
+    seen: set[tuple[bool, torch.dtype]] = set()
+    own_clock.add(monkeypatch, Looking())
+    _, x = network()
+    for kind in ({}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}):
+        made = network()[0].to(**kind)  # type: ignore[call-overload]
+        measured(made, x.to(kind.get("dtype", x.dtype)), budget(0.99), "channel")
+    assert seen == {(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)}
+    settings = [json.loads(file.read_text())["setting"] for file in cache_by_own_clock.iterdir()]
+    assert {(s["memory_format"], s["dtype"]) for s in settings} == {
+        ("contiguous", "float32"),
+        ("channels_last", "float32"),
+        ("contiguous", "bfloat16"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::rankprune.NoisyMeasurementWarning")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_attention_and_several_outputs_can_be_measured(backend: str) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+            self.body, self.left, self.right = nn.TransformerEncoder(layer, 1), nn.Linear(16, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.body(x)
+            return self.left(y), self.right(y)
+
+    x = torch.randn(2, 4, 16)
+    table = measured(TwoHeads().eval(), x, rp.Budget(latency=1.0, backend=backend))
+    assert table.layers.keys() == {"body.layers.0.linear1", "body.layers.0.linear2", "left"}
+
+
+def test_followers_are_the_modules_that_take_up_the_output() -> None:
+    model, x = network()
+    layers = {name: model.get_submodule(name) for name in ("1", "2", "5", "7")}
+    tails = {name: [type(m) for m in tail] for name, tail in followers(model, x, layers).items()}
+    assert tails == {"1": [], "2": [nn.BatchNorm2d, nn.ReLU], "5": [nn.ReLU], "7": []}
+
+
+def test_followers_end_where_two_modules_take_up_one_tensor() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.after = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.left, self.right, self.norm, self.relu = *(nn.BatchNorm2d(4) for _ in range(3)), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            z = self.norm(self.after(self.relu(self.left(y)) + self.right(y)))
+            return torch.relu(z) + self.relu(z.clone()) + nn.functional.silu(self.relu(z))
+
+    model = Forked()
+    layers = {"layer": model.layer, "after": model.after}
+    tails = {n: [type(m) for m in t] for n, t in followers(model, torch.randn(2, 3, 4, 4), layers).items()}
+    assert tails == {"layer": [], "after": [nn.BatchNorm2d, nn.ReLU]}
+
+
+def test_followers_of_a_layer_used_twice_are_those_of_its_first_call() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.first, self.second = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.unused = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.second(self.layer(self.first(self.layer(x)))))
+
+    model = Shared()
+    nn.init.constant_(model.first.weight, 7.0)
+    found = followers(model, torch.randn(2, 4, 4, 4), {"layer": model.layer, "unused": model.unused})
+    assert [type(m) for m in found["layer"]] == [nn.BatchNorm2d]
+    assert found["layer"][0].weight[0] == 7
+    assert found["unused"] == []
