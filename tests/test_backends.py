@@ -30,9 +30,9 @@ def network() -> tuple[nn.Module, Tensor]:
 class Named(nn.Module):
     """Takes its inputs by name and returns several outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 3) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 3)
+        self.linear = nn.Linear(4, width)
 
     def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
         return {"difference": self.linear(left) - self.linear(2 * right), "sum": left + right}
@@ -77,12 +77,13 @@ def test_inputs_by_name_and_several_outputs(name: str) -> None:
     torch.testing.assert_close(BACKENDS[name].load(model, x)(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
 
 
-def test_many_models_at_once_are_each_their_own() -> None:
-    x = torch.randn(2, 3, 8, 8)
-    models = [nn.Conv2d(3, n, 3).eval() for n in (1, 2, 3)]
-    programs = BACKENDS["onnxruntime"].load_each(models, x)
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_many_models_at_once_are_each_their_own(name: str) -> None:
+    pytest.importorskip(name)
+    models, x = [Named(n).eval() for n in (1, 2, 3)], {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
+    programs = BACKENDS[name].load_each(models, x)
     for model, program in zip(models, programs, strict=True):
-        torch.testing.assert_close(program(x), [model(x)], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

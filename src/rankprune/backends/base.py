@@ -7,18 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rankprune.cost import Inputs
+from rankprune.cost import Inputs, call
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NO_REASON = re.compile(r"^Exception from \S*$|Next steps:$|^Failed to export the model")
+
+T = TypeVar("T")
 
 Program = Callable[[Inputs], list[Tensor]]
 """Runs a model: inputs as the model is called with -> all tensors in its output, in order."""
@@ -158,6 +161,25 @@ class FileBackend(Backend):
             path = Path(folder) / f"model{self.suffix}"
             self.write(model, x, path, dynamic_batch=False)
             return self.read(path)
+
+
+class SideBySide(nn.Module):
+    """Models that are called alike as one, to be exported at once: most of an export's time does not depend on its size."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """All outputs, one model's after the other's."""
+        return tuple(tensor for model in self.models for tensor in tensors(model(*args, **kwargs)))
+
+
+def outputs_of_each(models: Sequence[nn.Module], x: Inputs, outputs: Sequence[T]) -> list[Sequence[T]]:
+    """The outputs of SideBySide(models), whatever they have become, cut into those of each model."""
+    with torch.no_grad():
+        ends = list(accumulate(len(tensors(call(model, x))) for model in models))
+    return [outputs[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def refused(model: nn.Module, backend: str, error: Exception, open_batch: bool = False) -> ExportError:

@@ -3,14 +3,24 @@
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, check_folder, export_arguments, reason_of, tensors
+from rankprune.backends.base import (
+    FileBackend,
+    Program,
+    SideBySide,
+    arguments,
+    check_folder,
+    export_arguments,
+    outputs_of_each,
+    reason_of,
+    tensors,
+)
 from rankprune.cost import Inputs
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 
@@ -62,31 +72,19 @@ class OnnxRuntime(FileBackend):
         import onnx.utils
 
         args, kwargs = arguments(x)
-        with torch.no_grad():
-            outputs = [len(tensors(model(*args, **kwargs))) for model in models]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.onnx.export(_SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
+            exported = torch.onnx.export(SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
         assert exported is not None
         proto = exported.model_proto
         cut = onnx.utils.Extractor(proto)
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
-        ends = list(accumulate(outputs))
-        parts = [cut.extract_model(inputs, results[end - n : end]) for end, n in zip(ends, outputs, strict=True)]
+        parts = [cut.extract_model(inputs, part) for part in outputs_of_each(models, x, results)]
         return [_program(part.SerializeToString()) for part in parts]
 
 
 def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(model.parameters(), model.buffers()))
-
-
-class _SideBySide(nn.Module):
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor for model in self.models for tensor in tensors(model(*args, **kwargs)))
 
 
 def _program(source: str | bytes) -> Program:

@@ -1,12 +1,14 @@
 """OpenVINO on the CPU."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, export_arguments, tensors
+from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each, tensors
 from rankprune.cost import Inputs
 
 
@@ -22,21 +24,40 @@ class OpenVino(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         import openvino
 
-        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # OpenVINO's decompositions use what torch deprecates
-            converted = openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
+        converted = _converted(model, x, torch.export.Dim("batch") if dynamic_batch else None)
         openvino.save_model(converted, path, compress_to_fp16=False)
 
     def read(self, path: Path) -> Program:
+        return _program(path)
+
+    def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
+        """One export for all, cut apart."""
         import openvino
 
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.compile_model(path, "CPU", settings)
-        request = compiled.create_infer_request()
+        whole = _converted(SideBySide(models), x, None)
+        parts = outputs_of_each(models, x, whole.get_results())
+        part_of: Any = openvino.Model  # the stubs have two of that name
+        return [_program(part_of(list(results), whole.get_parameters())) for results in parts]
 
-        def program(x: Inputs) -> list[Tensor]:
-            found = request.infer([t.detach().cpu().numpy() for t in tensors(x)], share_inputs=True)
-            return [torch.from_numpy(found[slot]) for slot in compiled.outputs]
 
-        return program
+def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
+    import openvino
+
+    args, kwargs, shapes = export_arguments(x, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # OpenVINO's decompositions use what torch deprecates
+        return openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
+
+
+def _program(model: Any) -> Program:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def program(x: Inputs) -> list[Tensor]:
+        found = request.infer([t.detach().cpu().numpy() for t in tensors(x)], share_inputs=True)
+        return [torch.from_numpy(found[slot]) for slot in compiled.outputs]
+
+    return program
