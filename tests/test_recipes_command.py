@@ -1,6 +1,7 @@
 """rankprune train on photographs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
             Image.new("RGB", (40 + i, 50), (40 + 160 * (i % 2), 90, 90 + i)).save(path)
     options = ["--epochs", "1", "--batch", "4", "--size", "32", "--workers", "0", "--every", "3", "--no-compile"]
     data = ["--data", str(tmp_path / "two")]
-    assert "images/s" in invoke("train", "--model", "resnet18", *data, *options, "--out", str(tmp_path / "out"))
+    shown = invoke("train", "--model", "resnet18", *data, *options, "--out", str(tmp_path / "out"))
+    assert "images/s" in shown
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["model"], result["dataset"], result["train_images"], result["test_images"]) == ("resnet18", "two", 12, 4)
+    for network, accuracy in (("before decomposition", result["top1_before_decomposition"]), ("decomposed", result["top1"])):
+        assert re.search(rf"^ *{network} +{accuracy:.2f} ", shown, re.MULTILINE)
     assert (result["config"]["photographs"]["test_resize"], result["config"]["photographs"]["test_size"]) == (37, 32)
     assert result["macs_dense"] / result["macs"] > 2.19
 

@@ -79,7 +79,7 @@ class OnnxRuntime(FileBackend):
         proto = exported.model_proto
         cut = onnx.utils.Extractor(proto)
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
-        parts = [cut.extract_model(inputs, part) for part in outputs_of_each(models, x, results)]
+        parts = [cut.extract_model(inputs, list(part)) for part in outputs_of_each(models, x, results)]
         return [_program(part.SerializeToString()) for part in parts]
 
 

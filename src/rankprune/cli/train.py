@@ -91,16 +91,11 @@ def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: 
     if result is None:  # another process has it
         return
     path = runner.write(result, out / f"{name}.json")
-    rows = [
-        (
-            "dense",
-            result.get("top1_dense", result.get("top1_before_decomposition")),
-            result["macs_dense"],
-            result["params_dense"],
-        )
-    ]
+    dense = (result["macs_dense"], result["params_dense"])
+    rows = [("dense", result["top1_dense"], *dense)] if "top1_dense" in result else []
     if "top1" in result:
-        rows = [("before decomposition", *rows[0][1:]), ("decomposed", result["top1"], result["macs"], result["params"])]
+        rows.append(("before decomposition", result["top1_before_decomposition"], *dense))
+        rows.append(("decomposed", result["top1"], result["macs"], result["params"]))
     show_table(
         f"{experiment.name}: {experiment.model} on {experiment.dataset}, {experiment.method}",
         ["network", "top-1 %", "MACs", "fewer", "params"],
