@@ -1,5 +1,6 @@
 """OpenVINO on the CPU."""
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,31 @@ class OpenVino(FileBackend):
         openvino.save_model(converted, path, compress_to_fp16=False)
 
     def read(self, path: Path) -> Program:
-        return _program(path)
+        import openvino
+
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = openvino.compile_model(path, "CPU", settings)
+        request = compiled.create_infer_request()
+
+        def program(x: Inputs) -> list[Tensor]:
+            found = request.infer([t.detach().cpu().numpy() for t in tensors(x)], share_inputs=True)
+            return [torch.from_numpy(found[slot]) for slot in compiled.outputs]
+
+        return program
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
-        """One export for all, cut apart."""
+        """One export for all, cut apart into files: what is converted shares its memory with tensors that do not outlive it."""
         import openvino
 
         whole = _converted(SideBySide(models), x, None)
-        parts = outputs_of_each(models, x, whole.get_results())
         part_of: Any = openvino.Model  # the stubs have two of that name
-        return [_program(part_of(list(results), whole.get_parameters())) for results in parts]
+        programs = []
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            for i, results in enumerate(outputs_of_each(models, x, whole.get_results())):
+                path = Path(folder) / f"{i}{self.suffix}"
+                openvino.save_model(part_of(list(results), whole.get_parameters()), path, compress_to_fp16=False)
+                programs.append(self.read(path))
+        return programs
 
 
 def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
@@ -47,17 +63,3 @@ def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # OpenVINO's decompositions use what torch deprecates
         return openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
-
-
-def _program(model: Any) -> Program:
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(model, "CPU", settings)
-    request = compiled.create_infer_request()
-
-    def program(x: Inputs) -> list[Tensor]:
-        found = request.infer([t.detach().cpu().numpy() for t in tensors(x)], share_inputs=True)
-        return [torch.from_numpy(found[slot]) for slot in compiled.outputs]
-
-    return program
