@@ -1,5 +1,6 @@
 import importlib
 import os
+import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext, suppress
@@ -84,6 +85,25 @@ def test_many_models_at_once_are_each_their_own(name: str) -> None:
     programs = BACKENDS[name].load_each(models, x)
     for model, program in zip(models, programs, strict=True):
         torch.testing.assert_close(program(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_process_can_be_signalled_after_its_programs_are_gone(name: str) -> None:
+    """Two OpenVINO cores left a signal stack that was no longer mapped: a DataLoader's worker that ended killed it."""
+    pytest.importorskip(name)
+    code = f"""
+import signal, torch
+from rankprune.backends import BACKENDS
+backend, model, x = BACKENDS[{name!r}], torch.nn.Linear(4, 2).eval(), torch.randn(1, 4)
+first, second = backend.load(model, x), backend.load(model, x)
+first(x), second(x)
+del first
+del second
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGCHLD)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout.splitlines()[-1:]) == (0, ["handled"]), run.stderr
 
 
 @pytest.mark.slow

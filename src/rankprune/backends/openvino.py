@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ class OpenVino(FileBackend):
         openvino.save_model(converted, path, compress_to_fp16=False)
 
     def read(self, path: Path) -> Program:
-        import openvino
-
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.compile_model(path, "CPU", settings)
+        compiled = _core().compile_model(path, "CPU", settings)
         request = compiled.create_infer_request()
 
         def program(x: Inputs) -> list[Tensor]:
@@ -54,6 +53,18 @@ class OpenVino(FileBackend):
                 openvino.save_model(part_of(list(results), whole.get_parameters()), path, compress_to_fp16=False)
                 programs.append(self.read(path))
         return programs
+
+
+@cache
+def _core() -> Any:
+    """One core for the process.
+
+    Of two, the one that is freed last gives its thread back the signal stack of the other, which is no longer mapped: the next
+    signal that Python handles kills the process (seen with OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
