@@ -7,26 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import own_clock
 import rankprune as rp
+from command_line import invoke
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.backends.pytorch import Eager
 from rankprune.cli import main
-from rankprune.cli.app import app
 from rankprune.recipes.resnet import resnet, resnet20
 
 MODEL = ["--model", "rankprune.recipes.resnet:resnet20"]
 INPUT = ["--input", "1,3,32,32"]
 RELU = ["--model", "torch.nn:ReLU", "--input", "1,4"]
 LATENCY = ["bench", "latency", *MODEL, *INPUT]
-
-
-def invoke(*arguments: str) -> str:
-    outcome = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    return outcome.output
 
 
 @pytest.fixture

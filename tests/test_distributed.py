@@ -91,9 +91,10 @@ PHOTOGRAPHS = ["[photographs]", "sizes = [8]", "test_resize = 10", "test_size = 
 
 @needs_gloo
 @pytest.mark.parametrize(
-    "more", [pytest.param([], id="images"), pytest.param(PHOTOGRAPHS, id="photographs", marks=pytest.mark.slow)]
+    ("training", "photographs"),
+    [pytest.param([], [], id="images"), pytest.param(["lr = 0.001"], PHOTOGRAPHS, id="photographs", marks=pytest.mark.slow)],
 )
-def test_the_recipes_run_under_torchrun(more: list[str], tmp_path: Path) -> None:
+def test_the_recipes_run_under_torchrun(training: list[str], photographs: list[str], tmp_path: Path) -> None:
     for split, images in (("train", coloured(48, 8)), ("test", coloured(30, 8, seed=5))):
         write_parquet(tmp_path / "tiny" / f"{split}-0.parquet", images)
     rows = [
@@ -103,10 +104,10 @@ def test_the_recipes_run_under_torchrun(more: list[str], tmp_path: Path) -> None
         "[training]",
         "epochs = 1",
         "compile = false",
-        "lr = 0.001",
+        *training,
         "[trp]",
         "every = 2",
-        *more,
+        *photographs,
     ]
     (tmp_path / "row.toml").write_text("\n".join(rows))
     results: dict[str, dict] = {}

@@ -8,15 +8,8 @@ import pytest
 
 from rankprune.errors import RankPruneError
 
-app = pytest.importorskip("rankprune.cli.app", exc_type=ImportError).app
+invoke = pytest.importorskip("command_line", exc_type=ImportError).invoke
 Image = pytest.importorskip("PIL.Image")
-CliRunner = pytest.importorskip("typer.testing").CliRunner
-
-
-def invoke(*arguments: str) -> str:
-    outcome = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    return outcome.output
 
 
 def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,5 +35,5 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     network = ["--model", "users_networks:build", "--artefact", str(tmp_path / "out" / "artefact")]
     shown = invoke("evaluate", *network, *data, "--size", "32", "--workers", "0")
     assert f"top-1 {result['top1']:.2f} % of 4 images" in shown
-    with pytest.raises(RankPruneError, match="--resize would do nothing without --size"):
+    with pytest.raises(RankPruneError, match="--resize would do nothing: without --size"):
         invoke("evaluate", *network, *data, "--resize", "40")

@@ -5,10 +5,9 @@ from typing import Annotated
 import typer
 
 from rankprune.cli.console import say, show_table
-from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
+from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, refuse
 from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
-from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
@@ -18,6 +17,7 @@ from rankprune.timing import measure_together
 
 
 def evaluate(
+    context: typer.Context,
     model: ModelSpec,
     data: Annotated[str, typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME.")],
     checkpoint: Checkpoint = None,
@@ -31,8 +31,8 @@ def evaluate(
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> None:
     """Top-1 accuracy of a dense or decomposed classifier on images of one size, or with --size on photographs."""
-    if resize is not None and size is None:
-        raise RankPruneError("--resize would do nothing without --size")
+    if size is None:
+        refuse(context, "resize", "workers", because="without --size images are taken whole")
     network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
     if size is None:
         images = load_images(data, split)
