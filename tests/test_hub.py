@@ -1,6 +1,5 @@
-"""Decomposed models that go to a hub and come back, over HTTP to a small one on this machine, and what is refused."""
+"""Decomposed models that go to a hub and come back, over HTTP to a small one on this machine."""
 
-import importlib
 import json
 import re
 import sys
@@ -22,28 +21,10 @@ pytest.importorskip("huggingface_hub")
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 
 from rankprune.integrations.hub import LowRank
+from shareable import ARGUMENTS, Net, same, shared
 
 FILES = {"README.md", "config.json", "model.safetensors", "rankprune.json"}
 RESULTS = {"top-1 %": (88.51, 87.71), "ms, batch 64": (None, 40.123456)}
-
-
-class Net(nn.Module):
-    """Convolution, statistics of a BatchNorm, and an embedding tied to the head."""
-
-    def __init__(self, width: int = 24, *, sizes: list[int] | None = None) -> None:
-        super().__init__()
-        rows, columns = sizes or (10, 16)
-        self.table = nn.Embedding(rows, columns)
-        self.conv = nn.Conv1d(columns, width, 3, padding=1)
-        self.norm = nn.BatchNorm1d(width)
-        self.drop = nn.Dropout()
-        self.inner = nn.Linear(width, columns)
-        self.head = nn.Linear(columns, rows, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        y = self.drop(self.norm(self.conv(self.table(tokens).mT)).relu())
-        return self.head(self.inner(y.mT))
 
 
 class MixinNet(nn.Module, PyTorchModelHubMixin):
@@ -55,26 +36,6 @@ class MixinNet(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
-
-
-TOKENS = torch.arange(10).view(2, 5)
-ARGUMENTS = {"width": 32, "sizes": [10, 20]}
-
-
-def shared(dtype: torch.dtype = torch.float32, **more: Any) -> LowRank:
-    dense = Net(**ARGUMENTS)
-    plan = rp.make_plan(dense, TOKENS, rule=rp.FixedRank(3), include=["conv", "inner"], scheme="channel")
-    small = rp.decompose(dense, plan)
-    small(TOKENS)  # moves the running statistics
-    return LowRank(small.to(dtype), plan, **{"builder": Net, "arguments": ARGUMENTS, **more})
-
-
-def same(a: nn.Module, b: nn.Module) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype
-        assert torch.equal(value, right[name]), name
 
 
 def names(folder: Path) -> set[str]:
@@ -113,7 +74,7 @@ def test_a_folder_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> No
     assert back.model.norm.num_batches_tracked == 1
     assert not any(module.training for module in back.model.modules())
     assert back.model.conv[0].weight.dtype == dtype
-    assert (back.plan, back.builder, back.arguments, back.results) == (low.plan, "test_hub:Net", ARGUMENTS, RESULTS)
+    assert (back.plan, back.builder, back.arguments, back.results) == (low.plan, "shareable:Net", ARGUMENTS, RESULTS)
 
 
 def test_the_folder_is_an_artefact_and_an_artefact_is_such_a_folder(tmp_path: Path) -> None:
@@ -332,84 +293,3 @@ def test_a_model_of_timm(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
     exec(code_of(tmp_path / "out" / "README.md"), found)
     same(found["model"], low.model)
-
-
-def explode(**_: Any) -> nn.Module:
-    raise KeyError("weights")
-
-
-def no_model(**_: Any) -> Any:
-    return [1]
-
-
-@pytest.mark.parametrize(
-    ("dense", "message"),
-    [
-        (Net(), r"another|does not fit|shape"),
-        (nn.Linear(2, 2), r"does not fit this model"),
-        (explode, r"explode raised KeyError: 'weights'; it was called with .*'width': 32.*pass the model itself"),
-        (no_model, r"no_model gives a list"),
-        (toy.Net, r"Net raised TypeError"),
-    ],
-)
-def test_another_model_is_refused(dense: Any, message: str, tmp_path: Path) -> None:
-    shared().save_pretrained(tmp_path / "out")
-    with pytest.raises(rp.RankPruneError, match=message):
-        LowRank.from_pretrained(tmp_path / "out", dense)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("rankprune.json", None, r"rankprune\.json is missing; give the folder that save\(\) wrote$"),
-        ("model.safetensors", None, r"there is no file .*model\.safetensors"),
-        ("model.safetensors", "no tensors", r"truncated or not a safetensors file"),
-        ("rankprune.json", '{"format": 9, "plan": {}}', r"format 9, this version reads 1"),
-        ("config.json", "{", r"config\.json' is damaged: not JSON"),
-        ("config.json", "[1]", r"config\.json' is damaged"),
-        ("config.json", '{"builder": null, "arguments": 3}', r"config\.json' is damaged: it holds no arguments"),
-        ("config.json", '{"builder": 7, "arguments": {}}', r"config\.json' is damaged: builder=7"),
-        ("config.json", '{"builder": "os.system(1)", "arguments": {}}', r"config\.json' is damaged: builder='os"),
-        ("config.json", '{"builder": null, "arguments": {}, "results": {"a": 1}}', r"is damaged: results\['a'\]=1"),
-        ("config.json", '{"builder": null, "arguments": {}, "results": [1]}', r"is damaged: results=\[1\]"),
-        ("README.md", "---\n[\n---\n", r"the metadata at the top of .*README\.md' are damaged"),
-    ],
-)
-def test_a_damaged_folder_is_refused(file: str, content: str | None, message: str, tmp_path: Path) -> None:
-    shared().save_pretrained(tmp_path / "out")
-    (tmp_path / "out" / file).unlink()
-    if content is not None:
-        (tmp_path / "out" / file).write_text(content)
-    with pytest.raises(rp.CheckpointError, match=message):
-        LowRank.from_pretrained(tmp_path / "out", Net(**ARGUMENTS))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"builder": lambda: Net()}, r"nobody could import it"),
-        ({"builder": "resnet20"}, r"builder='resnet20'.*package\.module:callable"),
-        ({"builder": "a:b\nimport os"}, r"package\.module:callable"),
-        ({"arguments": {"dtype": torch.float32}}, r"cannot be written to config\.json"),
-        ({"builder": nn.Linear, "arguments": {}}, r"Linear cannot be called with arguments=\{\} \(missing a required argument"),
-        ({"arguments": {**ARGUMENTS, "colour": 1}}, r"got an unexpected keyword argument 'colour'"),
-        ({"results": {"top-1 %": (1.0,)}}, r"results\['top-1 %'\]=\(1\.0,\): give two numbers"),
-        ({"results": {"top-1 %": (1.0, None)}}, r"give two numbers"),
-        ({"results": {"top-1 %": ("1", 2.0)}}, r"give two numbers"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(more: dict[str, Any], message: str) -> None:
-    with pytest.raises(rp.RankPruneError, match=message):
-        shared(**more)
-
-
-def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "rankprune.integrations.hub")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(rp.MissingExtraError, match=r"huggingface_hub.*pip install 'rankprune\[hub\]'"):
-        importlib.import_module("rankprune.integrations.hub")
-
-
-def test_a_model_that_the_plan_is_not_of_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(rp.CheckpointError, match="save the model that decompose"):
-        LowRank(Net(**ARGUMENTS), shared().plan).save_pretrained(tmp_path / "out")
