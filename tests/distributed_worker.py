@@ -7,102 +7,20 @@ import copy
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
 
-import own_clock
 import rankprune as rp
+from distributed_latency import latency, latency_sharded
+from distributed_setup import EVERY, STEPS, batches, evaluate, go_on, make, network, sgd, together, train, whole
 from rankprune import linalg
 from rankprune.distributed import reshard
-from rankprune.latency import meter
 from rankprune.schemes import SCHEMES
-
-STEPS, EVERY, BATCH = 7, 3, 8
-
-
-def network() -> nn.Module:
-    """Convolutions, and a Linear large enough for a factorisation to start from the last one."""
-    torch.manual_seed(0)
-    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU())
-    head = nn.Sequential(nn.Flatten(), nn.Linear(24 * 16, 300), nn.ReLU(), nn.Linear(300, 5))
-    return nn.Sequential(stem, head)
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """The same for all processes, each with a multiple of as many images as there are processes."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(BATCH, 3, 8, 8, generator=generator), torch.randint(5, (BATCH,), generator=generator))
-        for _ in range(STEPS)
-    ]
-
-
-def train(model: nn.Module, trp: rp.TRP, rank: int, size: int, before_step: Callable[[int], None] = lambda step: None) -> None:
-    """Each of `size` processes takes its part of every batch."""
-    optimizer = sgd(model)
-    trp.attach(optimizer)
-    go_on(model, optimizer, rank, size, range(STEPS), before_step)
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    """The optimizer that all modes use."""
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def go_on(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rank: int,
-    size: int,
-    steps: Iterable[int],
-    before_step: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Take these steps."""
-    for step in steps:
-        x, y = batches()[step]
-        loss = F.cross_entropy(model(x.chunk(size)[rank]), y.chunk(size)[rank])
-        optimizer.zero_grad()
-        loss.backward()
-        before_step(step)
-        optimizer.step()
-
-
-def make(model: nn.Module, group: dist.ProcessGroup | None = None, **changed: Any) -> rp.TRP:
-    """The TRP that all modes use."""
-    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    settings: dict[str, Any] = {"rule": rp.Budget(macs=0.3), "every": EVERY, "nuclear": 1e-2, "ramp": 2 * EVERY}
-    return rp.TRP(model, **(settings | changed), example_inputs=x, process_group=group)
-
-
-def together(mode: str) -> tuple[nn.Module, nn.Module]:
-    """The network and what is trained of it: itself, sharded as `mode` says, or wrapped by DDP."""
-    model = network()
-    if mode == "ddp":
-        return model, nn.parallel.DistributedDataParallel(model)
-    blocks = {"fsdp-root": [], "fsdp-mixed": [model[1]]}.get(mode, list(model))  # type: ignore[index]
-    for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
-    return model, model
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module) -> None:
-    """A forward pass alone, after which FSDP2 leaves the root's weights whole."""
-    model(batches()[0][0])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A plain copy of a weight, sharded or not."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def compare(mode: str) -> None:
@@ -278,104 +196,6 @@ def fail() -> None:
     assert isinstance(raised.value, rp.FactorizationError) == (rank == 1)
     assert rank == 1 or "process 1 of 2" in str(raised.value)
     print(f"process {rank} was told", flush=True)
-
-
-def timed_network() -> nn.Module:
-    """Two layers of one size, and one of them of low rank, but for noise: what is chosen depends on the weights."""
-    stem = network()[0]  # type: ignore[index]
-    head = [nn.Flatten(), nn.Linear(384, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 5)]
-    with torch.no_grad():
-        head[3].get_parameter("weight").mul_(0.01).add_(0.02 * torch.randn(300, 4) @ torch.randn(4, 300))
-    return nn.Sequential(stem, nn.Sequential(*head))
-
-
-def latency_budget(model: nn.Module, fraction: float = 0.6) -> rp.TRP:
-    """A TRP under a budget of latency, by our clock."""
-    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    rule = rp.Budget(latency=fraction, backend="timeless")
-    return rp.TRP(model, rule=rule, every=EVERY, ramp=EVERY, example_inputs=x)
-
-
-def agree(found: object) -> None:
-    """Raise unless all processes found the same."""
-    everyone: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    assert all(other == found for other in everyone), everyone
-
-
-def latency() -> None:
-    """One process measures, when attached and when the ramp is over, and all choose by that; its errors reach all."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    with pytest.MonkeyPatch.context() as patch:
-        own_clock.add(patch, own_clock.Timeless(ms_per_square=(rank + 1) * 1e-10))  # every process has another clock
-        timings = own_clock.count_timings(patch)
-        model = timed_network()
-        trp = latency_budget(model)
-        assert timings == []
-        train(nn.parallel.DistributedDataParallel(model), trp, rank, size)
-        assert trp._planner.latency is not None
-        assert len(timings) == (3 + 2 + 1 if rank == 0 else 0), timings
-        assert trp.plan is not None
-        agree(trp.plan)
-        agree(trp._planner.latency.table)
-        agree(trp.state_dict()["latency"])
-        agree({name: weight.tolist() for name, weight in model.named_parameters()})
-
-        half_known = latency_budget(model)
-        if rank == 1:  # what the others know does not matter
-            half_known.load_state_dict(trp.state_dict())
-        half_known.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        assert half_known._planner.latency is not None
-        agree(half_known._planner.latency.table)
-
-        impossible, optimizer = latency_budget(model, 0.01), torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(rp.RankPruneError, match=r"cannot be met"):
-            impossible.attach(optimizer)
-
-        def broken(*args: object) -> list[list[float]]:
-            raise rp.ExportError("no such operator")
-
-        patch.setattr(meter, "time_together", broken)
-        meter.LatencyCache._remembered.clear()
-        patch.setenv("RANKPRUNE_CACHE", os.devnull)
-        with pytest.raises(rp.RankPruneError, match="no such operator") as raised:
-            latency_budget(model).attach(optimizer)
-        assert isinstance(raised.value, rp.ExportError) == (rank == 0)
-        assert rank == 0 or "process 0 of 2" in str(raised.value)
-    print(f"process {rank} measured {len(timings)} times", flush=True)
-
-
-def latency_sharded() -> None:
-    """Sharded weights cannot be timed: that is told to all, and a state from before they were sharded goes on."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        own_clock.add(patch, own_clock.Timeless())
-        timings = own_clock.count_timings(patch)
-        meter.LatencyCache._remembered.clear()
-        patch.setenv("RANKPRUNE_CACHE", os.devnull)
-        model = timed_network()
-        before = latency_budget(model)
-        before.attach(torch.optim.SGD(model.parameters(), lr=0.1)).detach()
-        assert (len(timings) > 0) == (rank == 0)
-        for block in model:
-            fully_shard(block)
-        fully_shard(model)
-        known = len(timings)
-        with pytest.raises(rp.RankPruneError, match=r"attach a TRP with this rule before sharding"):
-            latency_budget(model).attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        trp = latency_budget(model)
-        trp.load_state_dict(before.state_dict())
-        train(model, trp, rank, size)
-        assert len(timings) == known
-        told = [w for w in warned if "cannot be set right" in str(w.message)]
-        assert len(told) == (1 if rank == 0 else 0)
-        assert trp.plan is not None
-        agree(trp.plan)
-        small = trp.finalize(timed_network())
-        assert trp.plan.ms is not None
-        assert trp.plan.ms <= 0.6 * (trp.plan.ms_dense or 0)
-        assert small(batches()[0][0]).shape == (BATCH, 5)
 
 
 def die() -> None:
