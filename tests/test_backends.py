@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,28 @@ def test_a_program_that_takes_long_to_make_computes_what_the_model_does(name: st
     check(name)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_inputs_by_name_and_several_outputs(name: str) -> None:
+def check_named(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     model, x = Named().eval(), {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
     torch.testing.assert_close(BACKENDS[name].load(model, x)(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_inputs_by_name_and_several_outputs(name: str) -> None:
+    check_named(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("name", names(quick=False))
+def test_inputs_by_name_and_several_outputs_of_programs_that_take_long_to_make(name: str) -> None:
+    check_named(name)
+
+
+def test_what_torch_compiles_need_not_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    check_named("compile")
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

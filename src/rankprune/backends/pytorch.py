@@ -37,10 +37,11 @@ class Compiled(Backend):
 
 def eager_program(model: nn.Module, x: Inputs, run: Callable | None = None) -> Program:
     """The model in inference mode, by itself or as `run` runs it."""
+    run = model if run is None else run  # compiled modules have no truth value
 
     def program(x: Inputs) -> list[torch.Tensor]:
         with torch.inference_mode():
-            return tensors(call(run or model, x))
+            return tensors(call(run, x))
 
     with undisturbed(model):
         call(model, x)  # what the model caches at its first call must not be made in inference mode
