@@ -24,8 +24,7 @@ class AotInductor(FileBackend):
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what freezing imports uses what torch deprecates
+        with warnings.catch_warnings(action="ignore"):  # what freezing imports uses what torch deprecates
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
 
     def read(self, path: Path) -> Program:

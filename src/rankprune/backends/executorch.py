@@ -1,5 +1,6 @@
 """ExecuTorch with XNNPACK: what runs on phones, and here for checks."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class ExecuTorch(FileBackend):
             raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
         args, kwargs = arguments(x)
         program = torch.export.export(model, args, kwargs)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        path.write_bytes(lowered.to_executorch().buffer)
+        with warnings.catch_warnings(action="ignore"):  # it uses what torch deprecates
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            path.write_bytes(lowered.to_executorch().buffer)
 
     def read(self, path: Path) -> Program:
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]

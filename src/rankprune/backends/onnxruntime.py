@@ -49,8 +49,7 @@ class OnnxRuntime(FileBackend):
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
+        with warnings.catch_warnings(action="ignore"):  # the exporter's own deprecations
             torch.onnx.export(
                 model,
                 (*args, kwargs),
@@ -72,8 +71,7 @@ class OnnxRuntime(FileBackend):
         import onnx.utils
 
         args, kwargs = arguments(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             exported = torch.onnx.export(SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
         assert exported is not None
         proto = exported.model_proto

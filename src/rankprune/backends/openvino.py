@@ -71,6 +71,5 @@ def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
     import openvino
 
     args, kwargs, shapes = export_arguments(x, batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # OpenVINO's decompositions use what torch deprecates
+    with warnings.catch_warnings(action="ignore"):  # OpenVINO's decompositions use what torch deprecates
         return openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
