@@ -40,11 +40,12 @@ class Named(nn.Module):
         return {"difference": self.linear(left) - self.linear(2 * right), "sum": left + right}
 
 
-def names(*, quick: bool) -> list[str]:
-    return [name for name in BACKENDS if (name in QUICK) == quick]
+LONG = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the exporters' own
+EVERY = [pytest.param(name, marks=[] if name in QUICK else LONG) for name in BACKENDS]
 
 
-def check(name: str) -> None:
+@pytest.mark.parametrize("name", EVERY)
+def test_a_program_computes_what_the_model_does(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     model, x = network()
@@ -59,40 +60,17 @@ def check(name: str) -> None:
     assert BACKENDS[name].version
 
 
-@pytest.mark.parametrize("name", names(quick=True))
-def test_a_program_computes_what_the_model_does(name: str) -> None:
-    check(name)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the exporters' own
-@pytest.mark.parametrize("name", names(quick=False))
-def test_a_program_that_takes_long_to_make_computes_what_the_model_does(name: str) -> None:
-    check(name)
-
-
-def check_named(name: str) -> None:
+@pytest.mark.parametrize("name", EVERY)
+def test_inputs_by_name_and_several_outputs(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     model, x = Named().eval(), {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
     torch.testing.assert_close(BACKENDS[name].load(model, x)(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_inputs_by_name_and_several_outputs(name: str) -> None:
-    check_named(name)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the exporters' own
-@pytest.mark.parametrize("name", names(quick=False))
-def test_inputs_by_name_and_several_outputs_of_programs_that_take_long_to_make(name: str) -> None:
-    check_named(name)
-
-
 def test_what_torch_compiles_need_not_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    check_named("compile")
+    test_inputs_by_name_and_several_outputs("compile")
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -201,7 +179,7 @@ def test_what_runs_on_the_cpu_gets_model_and_inputs_there(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", names(quick=True))
+@pytest.mark.parametrize("name", QUICK)
 def test_a_model_on_a_gpu_computes_the_same_in_every_backend(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
