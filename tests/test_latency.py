@@ -1,5 +1,7 @@
 """What the times of layers say of the network."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from own_clock import budget, network
 from rankprune.backends import Program
 from rankprune.comparison import compare
 from rankprune.cost import Inputs
+from rankprune.latency import meter
 
 pytestmark = pytest.mark.usefixtures("cache_by_own_clock")
 
@@ -65,6 +68,22 @@ def test_what_pairs_cost_in_the_network_only_is_found(monkeypatch: pytest.Monkey
     assert found <= 1.001 * fraction * plan.ms_dense
     assert plan.ms == pytest.approx(found, rel=0.01)
     assert plan.ms_measured == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_chosen_has_been_timed_also_where_noise_lets_nothing_settle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    noise = random.Random(seed)
+
+    def noisy(programs: list[Program], x: Inputs) -> list[list[float]]:
+        return [[values[0] * noise.uniform(0.9, 1.1)] * 15 for values in own_clock.clock(programs, x)]
+
+    monkeypatch.setattr(meter, "time_together", noisy)
+    monkeypatch.setattr(own_clock.Timeless, "ranks", 64)
+    model, x = five_layers()
+    plan = rp.make_plan(model, x, rule=budget(0.75))
+    assert plan.ms is not None
+    assert plan.ms <= 0.75 * (plan.ms_dense or 0)
+    assert plan.ms_measured == pytest.approx(plan.ms, rel=0.25)
 
 
 def test_layers_that_gain_nothing_in_the_network_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:

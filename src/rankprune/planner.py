@@ -21,7 +21,7 @@ from rankprune.ranks import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
 from rankprune.survey import Key, Option, subject, survey
 
-_TRIALS = 3
+_TRIALS = 4
 """How often at most a network is timed as it would be decomposed."""
 
 
@@ -187,16 +187,19 @@ class Planner:
     def correct_latency(self, factored: Factored) -> None:
         """Where the rule goes by latency, time the network as it would be decomposed now, and set its times right by that.
 
-        The rule may then choose otherwise: so again, a few times at most, until what it chooses has been timed.
+        The rule may then choose otherwise: so again, until what it chooses has been timed. Where noise lets it not settle, the
+        last of a few times no longer changes what it chooses.
 
         Raises:
             RankPruneError: if the budget cannot be met by the times set right.
         """
         if self.latency is None:
             return
-        for _ in range(_TRIALS):
+        for left in reversed(range(_TRIALS)):
             variant = _variant(self._settle(factored, self.rule)[1])
-            if self.latency.known.measured_ns(variant) is not None or not self.latency.correct(self.team, variant):
+            if self.latency.known.measured_ns(variant) is not None:
+                break
+            if not self.latency.correct(self.team, variant, fit=left > 0):
                 break
 
     def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:

@@ -72,8 +72,11 @@ class NetworkLatency:
 
         self.table = _of_first(team, measured)
 
-    def correct(self, team: Team, variant: Variant) -> bool:
+    def correct(self, team: Team, variant: Variant, *, fit: bool = True) -> bool:
         """Set the table right by the network with these pairs, which the first process times while the others wait.
+
+        Args:
+            fit: whether predictions change; without, that time is only noted.
 
         Returns:
             Whether it could be timed.
@@ -94,7 +97,7 @@ class NetworkLatency:
                     stacklevel=2,
                 )
                 return table
-            return correct_table(table, self._model, self._x, self._subjects, variant)
+            return correct_table(table, self._model, self._x, self._subjects, variant, fit=fit)
 
         before, self.table = self.table, _of_first(team, corrected)
         return self.table != before

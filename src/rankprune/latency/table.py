@@ -41,8 +41,8 @@ class Trial:
 class LatencyTable:
     """Times of a network, and of its layers by themselves.
 
-    With some layers replaced, the network saves `share` of what these layers save by themselves, less `overhead_ns` for each.
-    Both are fitted to `trials`, of which the last one weighs most.
+    The dense network takes `network_ns`. With some layers replaced it saves `share` of what these save by themselves, less
+    `overhead_ns` for each. Both are fitted to `trials`, of which the last one weighs most.
     """
 
     setting: Setting
@@ -51,11 +51,7 @@ class LatencyTable:
     trials: tuple[Trial, ...] = ()
     share: float = 1.0
     overhead_ns: float = 0.0
-
-    @property
-    def network_ns(self) -> int:
-        """What the dense network takes."""
-        return self.trials[-1].dense_ns
+    network_ns: int = 0
 
     @cached_property
     def layers(self) -> dict[str, LayerTimes]:
@@ -74,7 +70,7 @@ class LatencyTable:
         alone = [self._saved_alone(trial.variant) for trial in trials]
         arrived = [dense * (1 - trial.ns / trial.dense_ns) for trial in trials]
         share, overhead = _fit(alone, [len(trial.variant) for trial in trials], arrived)
-        return replace(self, trials=trials, share=share, overhead_ns=overhead)
+        return replace(self, trials=trials, share=share, overhead_ns=overhead, network_ns=dense)
 
     def _saved_alone(self, variant: Variant) -> int:
         """What these layers save by themselves."""
@@ -94,6 +90,7 @@ class LatencyTable:
             ),
             values["share"],
             values["overhead_ns"],
+            values["network_ns"],
         )
 
 
@@ -129,11 +126,12 @@ def measure_table(
 
 
 def correct_table(
-    table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variant: Variant
+    table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variant: Variant, *, fit: bool = True
 ) -> LatencyTable:
-    """The table after a trial of `variant`. Raises what measure_table does."""
+    """The table after a trial of `variant`; without `fit` that is only noted. Raises what measure_table does."""
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        return _after(table, meter, model, x, subjects, [variant])
+        after = _after(table, meter, model, x, subjects, [variant])
+    return after if fit else replace(table, trials=after.trials)
 
 
 def _after(
