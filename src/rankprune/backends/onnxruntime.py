@@ -1,8 +1,10 @@
 """ONNX files, and ONNX Runtime on the CPU."""
 
+import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class OnnxRuntime(FileBackend):
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
-        with warnings.catch_warnings(action="ignore"):  # the exporter's own deprecations
+        with _quietly():
             torch.onnx.export(
                 model,
                 (*args, kwargs),
@@ -71,7 +73,7 @@ class OnnxRuntime(FileBackend):
         import onnx.utils
 
         args, kwargs = arguments(x)
-        with warnings.catch_warnings(action="ignore"):
+        with _quietly():
             exported = torch.onnx.export(SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
         assert exported is not None
         proto = exported.model_proto
@@ -79,6 +81,19 @@ class OnnxRuntime(FileBackend):
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
         parts = [cut.extract_model(inputs, list(part)) for part in outputs_of_each(models, x, results)]
         return [_program(part.SerializeToString()) for part in parts]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's own deprecations, and what its optimizer tells of constants that it could not fold."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _bytes(model: nn.Module) -> int:
