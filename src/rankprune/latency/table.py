@@ -122,7 +122,7 @@ def measure_table(
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
         alone = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
         table = LatencyTable(meter.setting, shapes(x), alone)
-        return _after(table, meter, model, x, subjects, _first_variants(alone))
+        return table.after(_trials(meter, model, x, subjects, _first_variants(alone)))
 
 
 def correct_table(
@@ -130,18 +130,13 @@ def correct_table(
 ) -> LatencyTable:
     """The table after a trial of `variant`; without `fit` that is only noted. Raises what measure_table does."""
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        after = _after(table, meter, model, x, subjects, [variant])
-    return after if fit else replace(table, trials=after.trials)
+        trials = _trials(meter, model, x, subjects, [variant])
+    return table.after(trials) if fit else replace(table, trials=(*table.trials, *trials))
 
 
-def _after(
-    table: LatencyTable,
-    meter: Meter,
-    model: nn.Module,
-    x: Inputs,
-    subjects: Mapping[str, Subject],
-    variants: Sequence[Variant],
-) -> LatencyTable:
+def _trials(
+    meter: Meter, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
+) -> list[Trial]:
     dense, *decomposed = meter.network(model, x, subjects, variants)
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
@@ -152,7 +147,7 @@ def _after(
             NoisyMeasurementWarning,
             stacklevel=2,
         )
-    return table.after([Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)])
+    return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)]
 
 
 def measure_layer(
