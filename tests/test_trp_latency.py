@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import own_clock
 import rankprune as rp
+from rankprune.backends import Program
 from rankprune.cost import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, meter
 from rankprune.latency.cache import LatencyCache
@@ -78,11 +79,11 @@ def test_times_are_measured_when_attached_and_once(monkeypatch: pytest.MonkeyPat
     assert trp.state_dict()["latency"] is None
     optimizer = sgd(model)
     trp.attach(optimizer)
-    assert len(timings) == 3 + 2  # its layers, the network for all of them, and as the rule would have it
+    assert len(timings) == 1 + 3 + 2  # the network, its layers, the network for all of them, and as the rule would have it
     before = table_of(trp)
     trp.detach()
     trp.attach(optimizer)
-    assert len(timings) == 5
+    assert len(timings) == 6
     assert table_of(trp) == before
 
 
@@ -90,7 +91,7 @@ def test_without_an_optimizer_times_are_measured_at_the_first_projection(monkeyp
     timings = own_clock.count_timings(monkeypatch)
     trp = make(network())
     small = trp.finalize()
-    assert len(timings) == 3 + 2 + 1
+    assert len(timings) == 1 + 3 + 2 + 1
     assert trp.plan is not None
     assert trp.plan.ms is not None
     assert trp.plan.ms <= 0.5 * (trp.plan.ms_dense or 0)
@@ -256,7 +257,7 @@ def test_times_from_elsewhere_are_kept_and_told_of(monkeypatch: pytest.MonkeyPat
 def test_a_training_goes_on_where_the_budget_cannot_be_met_by_the_times_set_right(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, trp = trained(RAMP - 1)
     table = table_of(trp)
-    monkeypatch.setattr(meter, "time_together", lambda programs, x: [[5.0] * 15 for _ in programs])  # nothing is gained
+    monkeypatch.setattr(meter, "time_together", lambda programs, x: [[programs[0].ms] * 15 for _ in programs])  # nothing gained
     with pytest.warns(UserWarning, match=r"latency=0\.5.*cannot be met.*ranks go by the earlier ones"):
         train(model, optimizer, range(RAMP - 1, RAMP))
     assert table_of(trp) == table
@@ -265,6 +266,55 @@ def test_a_training_goes_on_where_the_budget_cannot_be_met_by_the_times_set_righ
     assert trp.plan is not None
     assert trp.plan.ms is not None
     assert trp.plan.ms <= 0.5 * (trp.plan.ms_dense or 0)
+
+
+def test_a_machine_that_is_slower_than_before_sets_no_times_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(programs: list, x: Inputs, rounds: int = 15) -> list[list[float]]:
+        return [[1.5 * program.ms + 2.0] * rounds for program in programs]
+
+    model, optimizer, trp = trained(RAMP - 1)
+    table, (file,) = table_of(trp), folder.iterdir()
+    kept = file.read_text()
+    monkeypatch.setattr(meter, "time_together", busy)
+    with pytest.warns(
+        rp.NoisyMeasurementWarning, match="1 of 1 measurements on this machine vary by more than 20%, or are as far"
+    ):
+        train(model, optimizer, range(RAMP - 1, RAMP))
+    assert table_of(trp) == table
+    assert file.read_text() == kept
+    with pytest.warns(rp.NoisyMeasurementWarning):
+        trp.finalize()
+    assert trp.plan is not None
+    assert trp.plan.ms is not None
+    assert trp.plan.ms_measured is None
+
+
+def test_the_network_is_timed_as_it_is_decomposed_in_the_end() -> None:
+    model, _, trp = trained(RAMP + 1)
+    table = table_of(trp)
+    with torch.no_grad():
+        model[6].weight.normal_()  # other ranks than those chosen after the ramp
+    small = trp.finalize()
+    assert trp.plan is not None
+    assert table.measured_ns({name: (e.scheme or "", e.rank or 0) for name, e in trp.plan.decomposed.items()}) is None
+    (program,) = own_clock.Timeless(2e-9).load_each([small], X)
+    assert trp.plan.ms_measured == pytest.approx(program.ms, rel=1e-4)  # type: ignore[attr-defined]
+    assert (table_of(trp).share, table_of(trp).overhead_ns) == (table.share, table.overhead_ns)
+
+
+def test_a_layer_that_cannot_be_timed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Picky(own_clock.Timeless):
+        """Takes no pairs of convolutions by themselves."""
+
+        def _load(self, model: nn.Module, x: Inputs) -> Program:
+            if not isinstance(model[-1], nn.Linear) and sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 2:
+                raise ValueError("no")
+            return super()._load(model, x)
+
+    own_clock.add(monkeypatch, Picky())
+    model = network()
+    with pytest.raises(rp.ExportError, match=r"layer '2', Conv2d\(32, 64.* or as a pair: .*\(no\).*Budget\(macs=0\.5\)"):
+        make(model).attach(sgd(model))
 
 
 def test_a_failure_while_measuring_leaves_it_unattached(monkeypatch: pytest.MonkeyPatch) -> None:

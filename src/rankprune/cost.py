@@ -1,6 +1,7 @@
 """What a model costs: multiply-accumulates, counted by running it, and parameters. The model is left as it was."""
 
 import inspect
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -225,6 +226,12 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

@@ -21,8 +21,8 @@ from rankprune.ranks import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
 from rankprune.survey import Key, Option, subject, survey
 
-_TRIALS = 4
-"""How often at most a network is timed as it would be decomposed."""
+_TRIALS = 3
+"""How often at most times are set right by a network as it would be decomposed."""
 
 
 @dataclass
@@ -170,7 +170,6 @@ class Planner:
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         entries = tuple(decided.get(name, entry) for name, entry in self.survey.dense.items())
         whole, table = self.survey.cost, None if self.latency is None else self.latency.known
-        measured = None if table is None else table.measured_ns(_variant(choices))
         return Plan(
             layers=entries,
             macs_dense=whole.macs,
@@ -178,8 +177,8 @@ class Planner:
             scheme=self.scheme,
             rule=repr(self.rule),
             uncounted=self.survey.uncounted,
-            ms_dense=None if table is None else table.network_ns / 1e6,
-            ms_measured=None if measured is None else measured / 1e6,
+            ms_dense=None if table is None else _in_ms(table.network_ns),
+            ms_measured=None if table is None else _in_ms(table.measured_ns(_variant(choices))),
             setting=None if table is None else table.setting,
             input_shapes=() if table is None else table.input_shapes,
         )
@@ -187,20 +186,27 @@ class Planner:
     def correct_latency(self, factored: Factored) -> None:
         """Where the rule goes by latency, time the network as it would be decomposed now, and set its times right by that.
 
-        The rule may then choose otherwise: so again, until what it chooses has been timed. Where noise lets it not settle, the
-        last of a few times no longer changes what it chooses.
+        The rule may then choose otherwise: so again, until what it chooses has been timed, or a few times where noise lets it
+        not settle.
 
         Raises:
             RankPruneError: if the budget cannot be met by the times set right.
         """
         if self.latency is None:
             return
-        for left in reversed(range(_TRIALS)):
+        for _ in range(_TRIALS):
             variant = _variant(self._settle(factored, self.rule)[1])
-            if self.latency.known.measured_ns(variant) is not None:
+            if self.latency.known.measured_ns(variant) is not None or not self.latency.correct(self.team, variant):
                 break
-            if not self.latency.correct(self.team, variant, fit=left > 0):
-                break
+
+    def timed(self, plan: Plan) -> Plan:
+        """The plan with the time that the network decomposed like this takes, where its rule goes by latency."""
+        if self.latency is None:
+            return plan
+        variant = {name: (entry.scheme or "", entry.rank or 1) for name, entry in plan.decomposed.items()}
+        if self.latency.known.measured_ns(variant) is None:
+            self.latency.correct(self.team, variant, fit=False)
+        return replace(plan, ms_measured=_in_ms(self.latency.known.measured_ns(variant)))
 
     def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
         """_choose, with as much factored as the choice needs."""
@@ -252,8 +258,8 @@ class Planner:
             macs_after=macs,
             params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
             error=float(chosen.spectrum.errors()[choice.rank]),
-            ms_before=None if chosen.dense.ns is None else chosen.dense.ns / 1e6,
-            ms_after=None if chosen.pair_ns is None else chosen.pair_ns[choice.rank] / 1e6,
+            ms_before=_in_ms(chosen.dense.ns),
+            ms_after=None if chosen.pair_ns is None else _in_ms(chosen.pair_ns[choice.rank]),
         )
 
 
@@ -290,7 +296,7 @@ def make_plan(
     planner.join(Team.alone())
     factored = planner.factor()
     planner.correct_latency(factored)
-    return planner.plan(factored)
+    return planner.timed(planner.plan(factored))
 
 
 def _effort(option: Option) -> float:
@@ -305,6 +311,10 @@ def _candidate(option: Option, spectrum: Spectrum, round_to: int, table: Latency
         times = table.layers[option.layer.name]
         dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(option.scheme.name, {})
     return Candidate(option.scheme.name, spectrum, option.unit, dense, round_to, pair_ns)
+
+
+def _in_ms(ns: int | None) -> float | None:
+    return None if ns is None else ns / 1e6
 
 
 def _variant(choices: Mapping[str, Choice]) -> Variant:

@@ -263,7 +263,8 @@ class TRP:
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
-        If the last step was itself followed by a projection in full, its ranks count.
+        If the last step was itself followed by a projection in full, its ranks count. Where the rule goes by latency, the
+        network is timed as it is decomposed, unless its times are from another machine.
 
         Args:
             into: a fresh dense model, which takes up the weights and is decomposed in place of `model`. Needed where the
@@ -281,6 +282,7 @@ class TRP:
             self.plan = self.project()
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             project_factored(self._planner, self.plan, self._planner.factor())
+        self.plan = self._planner.timed(self.plan)
         self.detach()
         if into is None:
             return decompose(self.model, self.plan)

@@ -85,12 +85,14 @@ class NetworkLatency:
 
         Warns:
             UserWarning: if that cannot be timed, for the table is from another machine or the weights are sharded; then the
-                table stays as it is.
+                table stays as it is. Where it would only be noted there is no warning.
         """
 
         def corrected() -> LatencyTable:
             table = self.known
             if self._sharded or self._elsewhere(table.setting):
+                if not fit:
+                    return table
                 warnings.warn(
                     f"ranks go by latencies as measured before ({table.setting}): here they cannot be set right by timing the "
                     "network as it would be decomposed now",

@@ -15,6 +15,7 @@ from torch import nn
 
 from rankprune.backends.base import shapes
 from rankprune.cost import Inputs
+from rankprune.errors import ExportError
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant
@@ -119,35 +120,49 @@ def measure_table(
         NoisyMeasurementWarning: if the times of a layer or the network vary by more than a fifth in each of three tries.
     """
     with Meter.metering(model, backend, threads) as meter:
+        (dense,) = meter.network(model, x)  # first: if the backend cannot take the network, its layers need not be timed
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
-        alone = {name: meter.layer(subject, tails[name]) for name, subject in subjects.items()}
-        table = LatencyTable(meter.setting, shapes(x), alone)
-        return table.after(_trials(meter, model, x, subjects, _first_variants(alone)))
+        alone = {name: _layer(meter, name, subject, tails[name]) for name, subject in subjects.items()}
+        table = LatencyTable(meter.setting, shapes(x), alone, network_ns=dense)
+        return table.after(_trials(meter, table, model, x, subjects, _first_variants(alone)))
 
 
 def correct_table(
     table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variant: Variant, *, fit: bool = True
 ) -> LatencyTable:
-    """The table after a trial of `variant`; without `fit` that is only noted. Raises what measure_table does."""
+    """The table after a trial of `variant`; without `fit` that is only noted. Raises and warns as measure_table does.
+
+    Where the dense network takes another time than before, by more than a fifth, the trial says nothing and the table stays.
+    """
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        trials = _trials(meter, model, x, subjects, [variant])
+        trials = _trials(meter, table, model, x, subjects, [variant])
+    if abs(trials[0].dense_ns / table.network_ns - 1) > NOISY:
+        return table
     return table.after(trials) if fit else replace(table, trials=(*table.trials, *trials))
 
 
 def _trials(
-    meter: Meter, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
+    meter: Meter, table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
 ) -> list[Trial]:
-    dense, *decomposed = meter.network(model, x, subjects, variants)
+    dense, *decomposed = meter.network(model, x, subjects, variants, table.network_ns)
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
         warnings.warn(
-            f"{len(noisy)} of {len(meter.spreads)} measurements on this machine vary by more than {NOISY:.0%}, the worst by "
-            f"{max(noisy):.0%}, too much to choose ranks by; stop what else runs on it and try again, or budget in MACs, like "
-            "Budget(macs=0.5)",
+            f"{len(noisy)} of {len(meter.spreads)} measurements on this machine vary by more than {NOISY:.0%}, or are as far "
+            f"from earlier ones, the worst by {max(noisy):.0%}: too much to choose ranks by; stop what else runs on it and try "
+            "again, or budget in MACs, like Budget(macs=0.5)",
             NoisyMeasurementWarning,
             stacklevel=2,
         )
     return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)]
+
+
+def _layer(meter: Meter, name: str, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
+    try:
+        return meter.layer(subject, tail)
+    except ExportError as error:
+        error.args = (f"layer {name!r}, {subject.module}, by itself or as a pair: {error}",)
+        raise
 
 
 def measure_layer(
@@ -155,7 +170,7 @@ def measure_layer(
 ) -> LayerTimes:
     """Time one layer of a model by itself. Raises what measure_table does."""
     with Meter.metering(model, backend, threads) as meter:
-        return meter.layer(subject, followers(model, x, {name: subject.module})[name])
+        return _layer(meter, name, subject, followers(model, x, {name: subject.module})[name])
 
 
 def _first_variants(alone: Mapping[str, LayerTimes]) -> list[Variant]:
