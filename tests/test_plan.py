@@ -258,7 +258,7 @@ def test_a_printed_plan_shows_every_decision(plan: rp.Plan) -> None:
     assert f"params {plan.params_dense:,} > {plan.params:,}" in text
 
 
-SETTING = Setting("onnxruntime", "1.2", 2, "float32", "contiguous", "cpu", "a processor")
+SETTING = Setting("onnxruntime", "1.2", 2, "float32", "contiguous", "cpu", "a processor", 4, "2.13.0")
 
 
 def test_a_plan_tells_where_its_milliseconds_are_from(plan: rp.Plan) -> None:

@@ -86,6 +86,19 @@ def test_times_of_other_runtimes_and_batches_say_so():
     assert latency(elsewhere).rows[0][:2] == ("onnxruntime", "8")
 
 
+def test_what_ranks_by_time_were_predicted_to_bring_stands_beside_what_they_bring():
+    run = decomposed("a", "ours", "spatial", 88.0)
+    assert latency(run).rows == [("eager", "64", "10.0", "8.0", "1.25x", "", "5.0%")]
+    layers = [{**e, "ms_before": 4.0, "ms_after": 1.0} if e["reason"] is None else e for e in run["plan"]["layers"]]
+    run["plan"] |= {"layers": layers, "ms_dense": 12.0, "macs_dense": 64 * run["macs_dense"]}
+    saved = 3.0 * sum(e["reason"] is None for e in layers)
+    assert latency(run).rows[0][4:6] == ("1.25x", f"{12 / (12 - saved):.2f}x")
+    assert "MACs of 64 examples;" in next(t.note for t in run_tables(run) if t.title == "Cost per layer")
+    assert "MACs of one example;" in next(
+        t.note for t in run_tables(decomposed("b", "ours", "spatial", 1.0)) if t.title[0] == "C"
+    )
+
+
 def test_pictures_stay_in_their_folder_and_apart(tmp_path):
     spectra = {"before": {"a": [1.0, 0.5]}, "after": {"a": [1.0, 0.0]}}
     results = [result("trp", 88.0, seed, name=name, spectra=spectra) for seed, name in enumerate(("../../x", "x", "..", "x"))]

@@ -132,12 +132,12 @@ def test_the_same_results_make_the_same_page() -> None:
 
 def test_bars_are_as_long_as_the_macs() -> None:
     plan = rp.Plan.from_json(json.dumps(decomposed("a", "trp", "spatial", 88.0)["plan"]))
-    wide = [part for part in bars(plan.layers, "said").iter("rect") if part.get("class") == "before"]
+    wide = [part for part in bars(plan.layers, "64 examples", "said").iter("rect") if part.get("class") == "before"]
     most = max(layer.macs_before or 0 for layer in plan.layers)
     longest = max(float(part.get("width") or 0) for part in wide)
     for part, layer in zip(wide, plan.layers, strict=True):
         assert float(part.get("width") or 0) == pytest.approx(max(longest * (layer.macs_before or 0) / most, 0.5), abs=0.02)
-    narrow = [part for part in bars(plan.layers, "said").iter("rect") if part.get("class") != "before"]
+    narrow = [part for part in bars(plan.layers, "64 examples", "said").iter("rect") if part.get("class") != "before"]
     assert len(narrow) == len(plan.ranks)
 
 

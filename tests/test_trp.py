@@ -76,15 +76,14 @@ def as_weight(matrices: Tensor, weight: Tensor, scheme: str) -> Tensor:
 
 
 def truncate(weight: Tensor, scheme: str, keep: float) -> tuple[Tensor, Tensor, int | None]:
-    """The truncated weight, its U V^T, and the rank; None as the rank of a layer for which it does not pay."""
+    """The truncated weight, its U V^T, and the rank; None as the rank of a layer whose pair would not pay."""
     u, s, vh = torch.linalg.svd(as_matrices(weight.detach(), scheme).double(), full_matrices=False)
     energy = s.square().sum(0)
     rank = next(r for r in range(1, len(energy) + 1) if energy[r:].sum() <= (1 - keep) * energy.sum())
     pays = rank * s.shape[0] * (u.shape[1] + vh.shape[2]) < weight.numel()
-    kept = rank if pays else s.shape[1]
-    low = (u[..., :kept] * s[:, None, :kept]) @ vh[:, :kept] if pays else None
-    term = as_weight(u[..., :kept] @ vh[:, :kept], weight, scheme).to(weight)
-    return weight if low is None else as_weight(low, weight, scheme).to(weight), term, rank if pays else None
+    low = (u[..., :rank] * s[:, None, :rank]) @ vh[:, :rank]
+    term = as_weight(u[..., :rank] @ vh[:, :rank], weight, scheme).to(weight)
+    return as_weight(low, weight, scheme).to(weight), term, rank if pays else None
 
 
 def reference(model: nn.Module, steps: int, *, every: int, keep: float, scheme: str, nuclear: float, cadence: str) -> list:
@@ -362,6 +361,32 @@ def test_only_planned_layers_change() -> None:
     assert changed == {"hidden.weight"}
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
+
+
+def test_layers_without_a_cheaper_pair_are_held_at_their_ranks() -> None:
+    model, (x, _) = network(), next(iter(batches(1)))
+    trp = rp.TRP(model, scheme="channel", rule=rp.Energy(0.93), freeze=0)
+    plan = trp.project()
+    assert plan.projected.keys() == set(CONSIDERED)
+    held = plan.projected.keys() - plan.ranks.keys()
+    assert held
+    assert held <= plan.skipped.keys()
+    for name, entry in plan.projected.items():
+        weight = model.get_submodule(name).weight.detach()
+        assert torch.linalg.matrix_rank(weight.flatten(1), rtol=1e-5) == entry.rank
+        assert 0 < entry.error <= 0.07
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    assert trp.project() is plan, "ranks are kept from freeze on"
+    assert rp.Plan.from_json(plan.to_json()) == plan
+    small = trp.finalize()
+    for name in held:
+        assert (
+            torch.linalg.matrix_rank(small.get_submodule(name).weight.detach().flatten(1), rtol=1e-5)
+            == plan.projected[name].rank
+        )
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -43,7 +43,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     )
     """
     model = unwrap(model)
-    modules = planned_modules(model, plan)
+    modules = planned_modules(model, plan.decomposed)
     stacks = planned_matrices(modules, plan)
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in stacks}
     whites = {} if calibration is None else whitenings(model, layers, calibration)
@@ -64,7 +64,7 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         RankPruneError: if the plan does not fit the model.
     """
     model = unwrap(model)
-    modules, pairs = planned_modules(model, plan), {}
+    modules, pairs = planned_modules(model, plan.decomposed), {}
     for name, module in modules.items():
         entry = plan.decomposed[name]
         pairs[name] = SCHEMES[entry.scheme or ""].pair_like(module, entry.rank or 1)

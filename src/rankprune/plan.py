@@ -15,7 +15,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: the scheme and rank it gets, or the reason why it stays dense.
+    """One layer: the scheme and rank it gets, or the reason why it stays dense; with both, projections hold it at that rank.
 
     `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
     bias. `error` is the share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
@@ -36,6 +36,11 @@ class LayerPlan:
     reason: str | None
     ms_before: float | None = None
     ms_after: float | None = None
+
+    @property
+    def becomes_pair(self) -> bool:
+        """Whether it is decomposed."""
+        return self.rank is not None and self.reason is None
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,17 @@ class Plan:
     @cached_property
     def decomposed(self) -> dict[str, LayerPlan]:
         """The layers that become a pair, by name."""
+        return {layer.name: layer for layer in self.layers if layer.becomes_pair}
+
+    @cached_property
+    def projected(self) -> dict[str, LayerPlan]:
+        """The layers with a rank, by name: those that become a pair, and those that stay dense at that rank."""
         return {layer.name: layer for layer in self.layers if layer.rank is not None}
 
     @cached_property
     def skipped(self) -> dict[str, str]:
         """The layers that stay dense, each with its reason."""
-        return {layer.name: layer.reason or "" for layer in self.layers if layer.rank is None}
+        return {layer.name: layer.reason or "" for layer in self.layers if not layer.becomes_pair}
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -142,7 +152,7 @@ class Plan:
         for e in self.layers:
             shape = "x".join(map(str, e.shape))
             macs = f"{e.macs_before:,} > {e.macs_after:,}" if e.macs_before is not None else ""
-            if e.rank is None:
+            if not e.becomes_pair:
                 rows.append((e.name, f"{e.kind} {shape}", "dense", "", "", f"{e.reason}", ""))
             else:
                 rank, params = f"{e.rank}/{e.full_rank}", f"{e.params_before:,} > {e.params_after:,}"

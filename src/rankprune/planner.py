@@ -212,7 +212,7 @@ class Planner:
         """_choose, with as much factored as the choice needs."""
         while True:
             candidates, choices = self._choose(factored.spectra, rule)
-            chosen = {(name, scheme): rank for name, (scheme, rank) in _variant(choices).items()}
+            chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
                 return candidates, choices
@@ -234,7 +234,7 @@ class Planner:
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
         starts = {}
-        for name, entry in plan.decomposed.items():
+        for name, entry in plan.projected.items():
             chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
             metric = "params" if chosen.unit.macs is None else "macs"
             for o in self.options[name]:
@@ -249,15 +249,14 @@ class Planner:
         if choice.scheme is None or choice.rank is None:
             return replace(static, reason=choice.reason)
         chosen = next(c for c in candidates if c.scheme == choice.scheme)
-        macs = None if chosen.unit.macs is None else choice.rank * chosen.unit.macs
+        error = float(chosen.spectrum.errors()[choice.rank])
+        ranked = replace(static, scheme=choice.scheme, rank=choice.rank, full_rank=chosen.full_rank, error=error)
+        if choice.reason is not None:
+            return replace(ranked, reason=choice.reason)
         return replace(
-            static,
-            scheme=choice.scheme,
-            rank=choice.rank,
-            full_rank=chosen.full_rank,
-            macs_after=macs,
+            ranked,
+            macs_after=None if chosen.unit.macs is None else choice.rank * chosen.unit.macs,
             params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
-            error=float(chosen.spectrum.errors()[choice.rank]),
             ms_before=_in_ms(chosen.dense.ns),
             ms_after=None if chosen.pair_ns is None else _in_ms(chosen.pair_ns[choice.rank]),
         )
@@ -318,4 +317,4 @@ def _in_ms(ns: int | None) -> float | None:
 
 
 def _variant(choices: Mapping[str, Choice]) -> Variant:
-    return {name: (c.scheme, c.rank) for name, c in choices.items() if c.scheme and c.rank}
+    return {name: (c.scheme, c.rank) for name, c in choices.items() if c.scheme and c.rank and c.reason is None}

@@ -10,21 +10,21 @@ from rankprune import linalg
 from rankprune.errors import RankPruneError
 from rankprune.layers import own_weight, unwrap
 from rankprune.linalg import Basis
-from rankprune.plan import Plan
+from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import Factored, Planner
 from rankprune.schemes import SCHEMES
 from rankprune.survey import Option
 
 
-def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The modules that the plan decomposes, by name.
+def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[str, nn.Module]:
+    """The modules of some of a plan's layers, by name.
 
     Raises:
         RankPruneError: if the model has no such module, or one of another type or shape.
     """
     modules = dict(model.named_modules())
     found = {}
-    for name, entry in plan.decomposed.items():
+    for name, entry in entries.items():
         module = modules.get(name)
         if module is None:
             raise RankPruneError(f"the plan names a layer {name!r}, which this {type(model).__name__} does not have")
@@ -46,15 +46,10 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return found
 
 
-def factor_planned(model: nn.Module, plan: Plan) -> dict[tuple[str, str], Basis]:
-    """The basis of every layer that the plan decomposes, under its planned scheme."""
-    return linalg.bases_by_layer(planned_matrices(planned_modules(model, plan), plan))
-
-
 def planned_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
-    """The singular values of every planned layer relative to the largest, descending, over a stack their root mean square."""
-    spectra = {}
-    for (name, _), basis in factor_planned(model, plan).items():
+    """Of every layer to be decomposed the singular values by the largest, descending; over a stack their root mean square."""
+    spectra, modules = {}, planned_modules(model, plan.decomposed)
+    for (name, _), basis in linalg.bases_by_layer(planned_matrices(modules, plan)).items():
         values = basis.values.square().mean(0).sqrt()
         spectra[name] = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).tolist()
     return spectra
@@ -62,7 +57,7 @@ def planned_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
 
 def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> dict[tuple[str, str], Tensor]:
     """The weight of every one of the planned modules as its stack of matrices, by (layer, scheme)."""
-    entries = [(module, plan.decomposed[name]) for name, module in modules.items()]
+    entries = [(module, plan.projected[name]) for name, module in modules.items()]
     if meta := [e.name for module, e in entries if module.get_parameter("weight").is_meta]:
         raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
     return {
@@ -81,10 +76,10 @@ def project(model: nn.Module, plan: Plan) -> None:
         RankPruneError: if the plan does not fit the model.
         FactorizationError: if a weight is not finite.
     """
-    modules = planned_modules(unwrap(model), plan)
+    modules = planned_modules(unwrap(model), plan.projected)
     stacks = planned_matrices(modules, plan)
     for (name, scheme), basis in linalg.bases_by_layer(stacks).items():
-        low = linalg.project(stacks[name, scheme], basis, plan.decomposed[name].rank or 1)
+        low = linalg.project(stacks[name, scheme], basis, plan.projected[name].rank or 1)
         modules[name].get_parameter("weight").copy_(SCHEMES[scheme].to_weight(modules[name], low))
 
 
@@ -124,7 +119,7 @@ def project_with_subgradients(planner: Planner, plan: Plan, factored: Factored) 
 def subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
     """For each considered layer U V^T in the shape of its weight; every process of the team computes those it owns.
 
-    Of a layer that the plan decomposes it is taken over the ranks it keeps, of others over all.
+    Of a layer that the plan gives a rank it is taken over the ranks it keeps, of others over all.
     """
 
     def compute() -> dict[str, Tensor]:
@@ -138,7 +133,7 @@ def subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dic
 
 def _write(planner: Planner, plan: Plan, low: Mapping[str, Tensor]) -> None:
     weights = planner.weights()
-    planner.team.publish({name: weights[name] for name in plan.decomposed}, low, planner.owner)
+    planner.team.publish({name: weights[name] for name in plan.projected}, low, planner.owner)
 
 
 def _gathered(planner: Planner, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +144,7 @@ def _gathered(planner: Planner, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Owned:
-    """A layer that this process factored, under the scheme in question; the planned rank is None where it stays dense."""
+    """A layer that this process factored, under the scheme in question; the planned rank is None where there is none."""
 
     name: str
     option: Option
@@ -163,7 +158,7 @@ class _Owned:
 
 def _owned(planner: Planner, plan: Plan | None, factored: Factored) -> Iterator[_Owned]:
     for name, options in planner.options.items():
-        entry = None if plan is None else plan.decomposed.get(name)
+        entry = None if plan is None else plan.projected.get(name)
         option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
         key = name, option.scheme.name
         if key in factored.bases:

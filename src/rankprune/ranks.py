@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rankprune.errors import RankPruneError
 from rankprune.spectrum import Spectrum
@@ -91,7 +91,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule says of one layer: a scheme and a rank, or the reason why it stays dense."""
+    """What a rule says of one layer: a scheme and a rank, or the reason why it stays dense.
+
+    With both it stays dense, and projections hold its weight at that rank.
+    """
 
     scheme: str | None = None
     rank: int | None = None
@@ -125,6 +128,9 @@ class RankRule(ABC):
 class LocalRule(RankRule):
     """A rule that looks at one layer at a time; among schemes the cheapest wins, at the rank the rule gives each."""
 
+    holds: ClassVar[bool] = False
+    """Whether projections hold a layer at its rank also where a pair would not be cheaper, so that its rank can fall."""
+
     @abstractmethod
     def rank_of(self, spectrum: Spectrum) -> int:
         """The rank for these singular values; more than are known asks for all of them."""
@@ -139,7 +145,8 @@ class LocalRule(RankRule):
         cost, dense = rank * best.unit.of(metric), best.dense.of(metric)
         if cost >= dense:
             unit = "MACs" if metric == "macs" else "parameters"
-            return Choice(reason=f"{best.scheme} at rank {rank} of {best.full_rank} costs {cost} {unit}, dense {dense}")
+            reason = f"{best.scheme} at rank {rank} of {best.full_rank} costs {cost} {unit}, dense {dense}"
+            return Choice(best.scheme, rank, reason) if self.holds and rank < best.full_rank else Choice(reason=reason)
         return Choice(best.scheme, rank)
 
 
@@ -147,12 +154,15 @@ class LocalRule(RankRule):
 class Energy(LocalRule):
     """The smallest rank that keeps the share `keep` of each layer's squared singular values (TRP's energy threshold).
 
+    Every layer is projected to its rank, as in TRP, also where a pair of that rank would cost more than the layer.
+
     >>> import torch
     >>> Energy(keep=0.9).rank_of(Spectrum.of(torch.tensor([[3.0, 1.0, 0.0]])))
     1
     """
 
     keep: float
+    holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_share(self.keep):
@@ -167,9 +177,13 @@ class Energy(LocalRule):
 
 @dataclass(frozen=True)
 class SingularValue(LocalRule):
-    """As many ranks as there are singular values of at least `minimum`, in the weight's own units."""
+    """As many ranks as there are singular values of at least `minimum`, in the weight's own units.
+
+    Every layer is projected to its rank, also where a pair of that rank would cost more than the layer.
+    """
 
     minimum: float
+    holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.minimum, int | float) or not self.minimum > 0:

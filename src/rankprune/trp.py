@@ -32,8 +32,9 @@ class TRP:
     """Trained Rank Pruning (arXiv 1812.02402) around the user's own training loop.
 
     After every `every`-th optimizer step the rule chooses ranks from the present spectra, and the weights of the layers
-    that it would decompose are replaced by their truncated SVD; the next iteration then runs on low-rank weights
-    (TRP's low-rank iteration). Other layers keep their full capacity.
+    that it gives one are replaced by their truncated SVD; the next iteration then runs on low-rank weights (TRP's low-rank
+    iteration). Other layers keep their full capacity. Energy and SingularValue give every layer a rank, as in the paper;
+    those whose pairs would not be cheaper in the end stay dense.
 
     Args:
         model: the dense model in training; compile and DataParallel wrappers are looked through.
@@ -207,7 +208,7 @@ class TRP:
         if planner.latency is not None and planner.latency.table is None:
             planner.join(planner.team)  # not attached
         if self.plan is not None and frozen:
-            planned = [(name, entry.scheme or "") for name, entry in self.plan.decomposed.items()]
+            planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
             factored = planner.factor(self._starts, None if self.nuclear else planned)
         else:
             rule = self.schedule.rule_after(self.steps)

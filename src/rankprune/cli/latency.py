@@ -1,5 +1,6 @@
 """rankprune bench latency."""
 
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rankprune.comparison import CurvePoint, compare, installed_backends, layer_
 from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
+from rankprune.latency import Setting
 from rankprune.latency.cache import NOISY
 from rankprune.planner import make_plan
 from rankprune.ranks import RankRule
@@ -71,7 +73,7 @@ def bench_latency(
     torch.manual_seed(0)  # for models of random weights
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
-    networks, predicted, plans = {DENSE: dense}, {}, {}
+    networks, predicted, plans, planning_s = {DENSE: dense}, {}, {}, {}
     if artefact is not None:
         networks[f"artefact {artefact}"] = build_model(model, artefact=artefact)
     curve = [] if layer is None else layer_curve(dense, x, layer, backends[0], scheme=scheme, threads=threads)
@@ -79,8 +81,9 @@ def bench_latency(
         _show_curve(f"{layer} of {model.split(':')[-1]}, {backends[0]}", curve, plot)
     rules = rule or ([] if artefact else ["Budget(macs=0.5)"])
     for text in rules:
-        parsed = _with_threads(parse_rule(text), threads)
+        parsed, began = _with_threads(parse_rule(text), threads), time.perf_counter()
         plan = make_plan(dense, x, scheme=scheme, rule=parsed)
+        planning_s[text] = round(time.perf_counter() - began, 1)
         networks[text] = decompose(dense, plan)
         plans[text] = {name: [e.scheme, e.rank] for name, e in plan.decomposed.items()}
         if isinstance(parsed, Budget) and plan.ms and plan.ms_dense:
@@ -111,7 +114,9 @@ def bench_latency(
         say(f"times vary by more than {NOISY:.0%}: stop what else runs on this machine and try again")
     if out is not None:
         setting = {"model": model, "input": input, "scheme": scheme, "rules": rules, "rounds": rounds, "threads": threads}
-        result = {"benchmark": "latency", "config": setting, "rows": rows, "plans": plans, "failed": dict(found.failed)}
+        settings = {name: asdict(Setting.of(dense, name, threads)) for name in dict.fromkeys(t.backend for t in found.timings)}
+        result = {"benchmark": "latency", "config": setting, "settings": settings, "rows": rows, "plans": plans}
+        result |= {"planning_s": planning_s, "failed": dict(found.failed)}
         result |= {"layer": layer, "curve": [asdict(p) for p in curve]} if curve else {}
         say(f"result  {write({**result, **provenance()}, out)}")
 

@@ -19,6 +19,7 @@ from rankprune.checkpoint import load, save, save_tensors
 from rankprune.comparison import compare
 from rankprune.cost import count, cpu_name
 from rankprune.decompose import decompose
+from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra
@@ -135,6 +136,8 @@ def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torc
     before, after = count(model, x), count(small, x)
     backend, threads = (rule.backend, rule.threads) if isinstance(rule, Budget) else ("eager", None)
     found = compare({"dense": model, "small": small}, batch, [backend], threads=threads, rounds=30)
+    if found.failed:
+        raise RankPruneError(f"the networks cannot be timed: {found.failed[backend]}")
     times = {t.network: t for t in found.timings}
     return {
         "top1_before_decomposition": top1(model, data.test()),

@@ -211,7 +211,12 @@ def _curves(r: Result) -> list[Element]:
         cost = tables.layers(r)
         said = f"MACs of {len(plan.layers)} layers before and after; the table holds numbers"
         cards.append(
-            _card(cost.title, pictures.bars(plan.layers, said), "Wide: dense. Narrow: decomposed, with its rank.", cost)
+            _card(
+                cost.title,
+                pictures.bars(plan.layers, tables.examples(r, plan), said),
+                "Wide: dense. Narrow: decomposed, with its rank.",
+                cost,
+            )
         )
     return cards
 

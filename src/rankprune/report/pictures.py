@@ -110,21 +110,25 @@ def _rank(rank: int | None, full: int | None) -> str:
     return f"{rank}/{full}" if full else str(rank)
 
 
-def bars(layers: Sequence[LayerPlan], said: str) -> Element:
-    """For each layer a wide pale bar, its MACs before, and a narrow full one, those after."""
+def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
+    """For each layer a wide pale bar, its MACs before, and a narrow full one, those after, both of so many `examples`."""
     left, right, top = NAMES, WIDTH - 46, 6
     bottom = top + ROW * len(layers)
     x = Axis(0, max((e.macs_before or 0) for e in layers) or 1, left, right)
     parts = _grid(x, top, bottom)
     for i, e in enumerate(layers):
         y, before, after = top + ROW * i, e.macs_before or 0, e.macs_after or 0
-        what = f"rank {e.rank} of {e.full_rank}, {before:,} to {after:,} MACs" if e.rank else f"{before:,} MACs, {e.reason}"
+        what = (
+            f"rank {e.rank} of {e.full_rank}, {before:,} to {after:,} MACs"
+            if e.becomes_pair
+            else f"{before:,} MACs, {e.reason}"
+        )
         wide = element("rect", x=left, y=y + 1, width=max(x(before) - left, 0.5), height=ROW - 2, class_="before")
         narrow = element("rect", x=left, y=y + 4, width=max(x(after) - left, 0.5), height=ROW - 8, class_="mark k1")
-        parts.append(element("g", element("title", f"{e.name}: {what}"), wide, *([narrow] if e.rank else [])))
+        parts.append(element("g", element("title", f"{e.name}: {what}"), wide, *([narrow] if e.becomes_pair else [])))
         parts.append(_layer_name(e.name, y))
-        parts.append(element("text", _rank(e.rank, e.full_rank), x=right + 4, y=y + ROW - 4))
-    parts.append(element("text", "MACs of one example", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
+        parts.append(element("text", _rank(e.rank if e.becomes_pair else None, e.full_rank), x=right + 4, y=y + ROW - 4))
+    parts.append(element("text", f"MACs of {examples}", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
     return _svg(WIDTH, bottom + 34, said, parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankprune.plan import Plan
 from rankprune.report.results import Result, full_ranks, in_order, is_timed, mean_of, method, plan_of, seeds_together, task
 
 OLDER = "Not in this result, which another version of rankprune wrote."
@@ -139,10 +140,12 @@ def latency(r: Result) -> Table:
     if not is_timed(r):
         return Table("Latency", (), (), note=OLDER)
     batch, spread = str(r.get("ms_batch", "")), f"{r['ms_spread']:.1%}" if "ms_spread" in r else ""
-    row = r.get("ms_backend", "eager"), batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", times(r["ms_dense"], r["ms"]), spread
+    plan, faster = plan_of(r), times(r["ms_dense"], r["ms"])
+    predicted = times(plan.ms_dense, plan.ms) if plan is not None and plan.ms_dense and plan.ms else ""
+    row = r.get("ms_backend", "eager"), batch, f"{r['ms_dense']:.1f}", f"{r['ms']:.1f}", faster, predicted, spread
     where = machine(r)
-    note = "Medians; spread: the larger of the two interquartile ranges, of its median."
-    columns = ("runtime", "batch", "dense ms", "decomposed ms", "faster", "spread")
+    note = "Medians; spread: the larger of the two interquartile ranges, of its median. Predicted where ranks go by time."
+    columns = ("runtime", "batch", "dense ms", "decomposed ms", "faster", "predicted", "spread")
     return Table("Latency", columns, [row], note=f"{where}. {note}" if where else note)
 
 
@@ -203,13 +206,20 @@ def layers(r: Result) -> Table:
     rows = []
     for e in plan.layers:
         rank, lost = (_rank(e.rank, e.full_rank), f"{e.error:.2%}") if e.rank else ("", "")
+        scheme = e.scheme or "" if e.becomes_pair else "dense"
         costs = [f"{v:,}" if v is not None else "" for v in (e.macs_before, e.macs_after, e.params_before, e.params_after)]
         costs += [f"{v:.3f}" if v is not None else "" for v in (e.ms_before, e.ms_after)] if timed else []
-        rows.append((e.name, f"{e.kind} {'x'.join(map(str, e.shape))}", e.scheme or "dense", rank, lost, *costs))
-    notes = ["MACs of one example; energy lost: share of the squared singular values beyond the rank."]
+        rows.append((e.name, f"{e.kind} {'x'.join(map(str, e.shape))}", scheme, rank, lost, *costs))
+    notes = [f"MACs of {examples(r, plan)}; energy lost: share of the squared singular values beyond the rank."]
     notes += ["ms: predicted."] if timed else []
     notes += [f"MACs not counted: {', '.join(plan.uncounted)}."] if plan.uncounted else []
     return Table(title, (*columns, *(("ms before", "after") if timed else ())), rows, words=3, note=" ".join(notes))
+
+
+def examples(r: Result, plan: Plan) -> str:
+    """How many examples the MACs in a plan are of: as many as were timed together."""
+    count = round((plan.macs_dense or 0) / r["macs_dense"]) if r["macs_dense"] else 1
+    return f"{count} examples" if count > 1 else "one example"
 
 
 def skipped(r: Result) -> Table:
