@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow docs bench bench-cifar bench-latency bench-imagenette clean
+.PHONY: demo check test test-slow docs bench bench-cifar bench-paper bench-latency bench-imagenet bench-imagenette clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -27,8 +27,10 @@ docs: .venv/ready
 
 # The CIFAR-10 table: one command a row, dense networks first, for others build on them. Days on two cores; a killed run goes on.
 RUN := $(BIN)/rankprune bench run benchmarks/experiments
-SEEDED := resnet20-dense resnet20-trp-spatial-nu resnet20-trp-channel-nu resnet20-trp-decoupled-nu $(foreach row,spatial-2.17x \
-	spatial-2.84x channel-2.17x spatial-4x,resnet20-ours-$(row) resnet20-ours-$(row)-distilled)
+OURS := $(foreach row,spatial-2.17x spatial-2.84x channel-2.17x spatial-4x,resnet20-ours-$(row)) resnet32-ours-spatial-2.17x \
+	resnet56-ours-spatial-2.5x
+SEEDED := $(foreach net,resnet20 resnet32 resnet56,$(net)-dense $(net)-trp-spatial-nu $(net)-trp-channel-nu) \
+	resnet20-trp-decoupled-nu $(foreach row,$(OURS),$(row) $(row)-distilled)
 ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/resnet*.toml)))
 ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense,$(ROWS))
 
@@ -36,6 +38,20 @@ bench-cifar: .venv/ready
 	for row in $(ORDERED); do $(RUN)/$$row.toml || exit 1; done
 	for row in $(SEEDED); do for seed in 1 2; do $(RUN)/$$row.toml --seed $$seed || exit 1; done; done
 	$(BIN)/rankprune report --into README.md --plots docs/plots
+
+# By the paper's own schedule, from scratch: 164 epochs a row, for a GPU.
+PAPER := $(notdir $(basename $(wildcard benchmarks/experiments/paper-*.toml)))
+
+bench-paper: .venv/ready
+	for row in $(filter %-dense,$(PAPER)) $(filter-out %-dense,$(PAPER)); do $(RUN)/$$row.toml || exit 1; done
+
+# ImageNet, ten epochs a row, on all GPUs of a machine.
+IMAGENET := $(notdir $(basename $(wildcard benchmarks/experiments/imagenet-*.toml)))
+GPUS ?= 8
+
+bench-imagenet: .venv/ready
+	for row in $(filter %-dense,$(IMAGENET)) $(filter-out %-dense,$(IMAGENET)); do $(BIN)/torchrun --nproc-per-node=$(GPUS) \
+	-m rankprune bench run benchmarks/experiments/$$row.toml || exit 1; done
 
 # Each builds on the one before: trained from scratch, trained on as long as the rest, the rest.
 NETTE := $(notdir $(basename $(wildcard benchmarks/experiments/imagenette-*.toml)))

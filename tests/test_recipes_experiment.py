@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from rankprune.recipes.networks import build
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
-from rankprune.recipes.runner import run, write
+from rankprune.recipes.runner import finished, run, write
 from rankprune.recipes.schedule import TrainConfig
 
 
@@ -142,6 +142,7 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         saved = json.loads(write(result, tmp_path / "results").read_text())
         assert saved == json.loads(json.dumps(result))
         extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
+        extra |= {"top1_before_finetuning"} if e.method == "decompose+finetune" else set()
         assert saved.keys() == ALWAYS | extra
         assert (saved["name"], saved["method"]) == (e.name, e.method)
         assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
@@ -154,10 +155,13 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
     assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
     assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
     assert results["ours"]["top1_dense"] == results["dense"]["top1_dense"]
-    for name, ranks in results["trp"]["ranks"].items():
-        before, after = (results["trp"]["spectra"][when][name] for when in ("before", "after"))
-        assert before[0] == after[0] == 1.0
-        assert before[ranks] > 1e-3 > 1e-5 > after[ranks], "the tail is gone"
+    assert results["tuned"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
+    assert results["tuned"]["top1_before_finetuning"] == results["plain"]["top1"]
+    for result in (results["trp"], results["plain"], results["tuned"]):
+        for name, rank in result["ranks"].items():
+            before, after = (result["spectra"][when][name] for when in ("before", "after"))
+            assert before[0] == after[0] == 1.0
+            assert before[rank] > 1e-3 > 1e-5 > after[rank], "the tail is gone"
     dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
     assert all(torch.equal(dense[name], plain[name]) for name in dense)
     assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
@@ -178,6 +182,19 @@ def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
             assert result[key] == apart[key]
     ours, theirs = (read_tensors(folders.runs / name / "artefact" / "model.safetensors") for name in ("again", "apart"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    assert not finished(TINY, path)
+    path.write_text("{")
+    assert not finished(TINY, path)
+    config = json.loads(json.dumps(asdict(TINY)))
+    del config["training"]["milestones"]  # of a version that had none
+    path.write_text(json.dumps({"config": config}))
+    assert finished(TINY, path)
+    assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path)
+    assert not finished(replace(TINY, trp=TrpConfig(every=3)), path)
 
 
 def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:

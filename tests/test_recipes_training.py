@@ -264,6 +264,15 @@ def test_learning_rate() -> None:
     assert learning_rate(TrainConfig(lr=0.4), 0, 0) == 0.4
 
 
+def test_learning_rate_in_steps() -> None:
+    config = TrainConfig(epochs=164, lr=0.1, milestones=(81, 122))
+    total = 164 * 390
+    rates = [learning_rate(config, step, total) for step in (0, 81 * 390 - 1, 81 * 390, 122 * 390 - 1, 122 * 390, total - 1)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    with pytest.raises(rp.RankPruneError, match=r"milestones=\(81, 122\): give epochs within the 100"):
+        replace(config, epochs=100)
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [

@@ -73,7 +73,7 @@ def test_other_images_are_told_and_drawn_apart(tmp_path):
     results = [result("trp", 88.0), result("trp", 60.0, dataset="other"), result("trp", 70.0, test_split="holdout")]
     table = overview(results)
     assert table.columns[:2] == ("network", "images")
-    assert [row[1] for row in table.rows] == ["cifar10", "other", "cifar10, holdout"]
+    assert [row[1] for row in table.rows] == ["cifar10", "cifar10, holdout", "other"]
     assert "images" not in overview(results[:1]).columns
     plot_accuracy(tmp_path / "a.svg", results)
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3

@@ -37,6 +37,9 @@ def train(
     lr: float = 0.05,
     weight_decay: float = 1e-4,
     seed: int = 0,
+    checkpoint_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints in an epoch; 0 for one after each epoch.")
+    ] = 0,
     holdout: Annotated[int, typer.Option(help="Training images to test on instead of the test split.")] = 0,
     size: Annotated[int, typer.Option(help="Pixels a side of the crops, for photographs.")] = 224,
     workers: Annotated[int, typer.Option(help="Processes that decode photographs ahead; with 0 they are kept decoded.")] = 8,
@@ -63,6 +66,7 @@ def train(
             precision=precision,  # type: ignore[arg-type]
             compile=compile,
             seed=seed,
+            checkpoint_steps=checkpoint_steps,
         ),
         trp=experiments.TrpConfig(rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze),
         photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
@@ -78,10 +82,14 @@ def bench_run(
     seed: Annotated[int | None, typer.Option(help="Instead of the seed in the file.")] = None,
     results: Annotated[Path, typer.Option(help="Folder for NAME.json.")] = Path("benchmarks/results"),
     runs: Annotated[Path, typer.Option(help="Folder for checkpoints and artefacts.")] = Path("runs"),
+    again: Annotated[bool, typer.Option("--again", help="Evaluate and time a finished run once more.")] = False,
 ) -> None:
-    """Run one experiment, or the rest of an interrupted one, and write its JSON."""
+    """Run one experiment, or the rest of an interrupted one, and write its JSON; one that is there already is left as it is."""
     experiment = experiments.Experiment.read(file)
     experiment = experiment if seed is None else experiment.with_seed(seed)
+    if not again and runner.finished(experiment, path := results / f"{experiment.name}.json"):
+        say(f"result  {path}  (was there; --again evaluates and times it once more)")
+        return
     _run(experiment, experiments.Folders.from_environment(runs), results, experiment.name)
 
 

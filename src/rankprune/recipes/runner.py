@@ -22,15 +22,15 @@ from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
-from rankprune.projection import planned_spectra
+from rankprune.projection import planned_spectra, project
 from rankprune.ranks import RankRule
-from rankprune.recipes.batches import Batches
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
+from rankprune.recipes.snapshot import in_force
 from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
@@ -66,12 +66,12 @@ def run(
     teacher = network(e.teacher or e.start) if e.training.distill else None
     x = next(data.test(batch=1))[0]
     together = next(data.test(batch=e.trp.batch or 1))[0]
-    log, plan, small = _train(e, model, teacher, data.batches, together, folder / "checkpoint.pt", on_step)
+    log, plan, small, found = _train(e, model, teacher, data, together, folder / "checkpoint.pt", on_step)
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "dense.safetensors", model)
-    result = _describe(e, log, data)
+    result = _describe(e, log, data) | found
     if plan is None or small is None:
         cost = count(model, x)
         result |= {"macs_dense": cost.macs, "params_dense": cost.params}
@@ -82,8 +82,9 @@ def run(
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
         result |= _compare(model, small, plan, data, x, parse_rule(e.trp.rule))
-        start = model if e.method.startswith("decompose") else network(e.start)
-        result["spectra"] = {"before": _rounded_spectra(start, plan), "after": _rounded_spectra(model, plan)}
+        before = _rounded_spectra(network(e.start), plan)
+        project(model, plan)  # what was only decomposed is not of low rank yet
+        result["spectra"] = {"before": before, "after": _rounded_spectra(model, plan)}
     return result
 
 
@@ -91,16 +92,16 @@ def _train(
     e: Experiment,
     model: nn.Module,
     teacher: nn.Module | None,
-    batches: Batches,
+    data: Data,
     x: torch.Tensor,
     checkpoint: Path,
     on_step: Callable[[Progress], None] | None,
-) -> tuple[list[EpochLog], Plan | None, nn.Module | None]:
-    """Do what the method says: the log of the training, and the plan and the decomposed network where there is one."""
+) -> tuple[list[EpochLog], Plan | None, nn.Module | None, dict[str, Any]]:
+    """Do what the method says: the log of the training, plan and decomposed network if there is one, and what to report."""
     names = ("model", "dataset", "method", "start", "teacher", "holdout")
     learn = partial(
         train,
-        batches=batches,
+        batches=data.batches,
         config=e.training,
         teacher=teacher,
         checkpoint=checkpoint,
@@ -109,12 +110,15 @@ def _train(
     )
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     if e.method == "dense":
-        return learn(model), None, None
+        return learn(model), None, None, {}
     if e.method.startswith("decompose"):
         plan = make_plan(model, x, scheme=scheme, rule=rule)
         small = decompose(model, plan)
-        return learn(small) if e.method == "decompose+finetune" else [], plan, small
-    steps = e.training.epochs * len(batches)
+        if e.method == "decompose":
+            return [], plan, small, {}
+        found = {"top1_before_finetuning": top1(small, data.test())}
+        return learn(small), plan, small, found
+    steps = e.training.epochs * len(data.batches)
     trp = TRP(
         model,
         rule=rule,
@@ -128,7 +132,7 @@ def _train(
     )
     log = learn(model, trp=trp)
     small = trp.finalize()
-    return log, trp.plan, small
+    return log, trp.plan, small, {}
 
 
 def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor, rule: RankRule) -> dict[str, Any]:
@@ -196,16 +200,27 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file is in, with a + if files differ from it; None outside a checkout."""
+    """The commit of the checkout this file is in, with a + if files but results differ from it; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        made_by = ":/src", ":/benchmarks", ":(top,exclude)benchmarks/results", ":/pyproject.toml"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *made_by)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def finished(experiment: Experiment, path: Path) -> bool:
+    """Whether the file has a result of this experiment; settings that are off there or here count as left out."""
+    try:
+        there = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return in_force(there) == in_force(json.loads(json.dumps(asdict(experiment))))
 
 
 def write(result: dict[str, Any], path: Path) -> Path:

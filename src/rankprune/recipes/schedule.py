@@ -16,7 +16,8 @@ class TrainConfig:
     `precision` is that of autocast; "auto" takes bfloat16 where the processor multiplies it natively. `distill` is the weight
     of the teacher's softened answers, at `temperature`, against that of the labels (Hinton et al. 2015); 0 needs no teacher.
     `label_smoothing` is the share of a label that goes to all classes alike. `checkpoint_steps` is how often to write a
-    checkpoint within an epoch; 0 writes one after each epoch only.
+    checkpoint within an epoch; 0 writes one after each epoch only. The learning rate falls by a cosine, or to a tenth at the
+    start of each epoch in `milestones`.
     """
 
     epochs: int = 30
@@ -31,8 +32,11 @@ class TrainConfig:
     compile: bool = True
     seed: int = 0
     checkpoint_steps: int = 0
+    milestones: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(not 0 < epoch < self.epochs for epoch in self.milestones):
+            raise RankPruneError(f"milestones={self.milestones}: give epochs within the {self.epochs}, like [81, 122]")
         if self.epochs < 0 or self.checkpoint_steps < 0:
             raise RankPruneError(f"epochs={self.epochs}, checkpoint_steps={self.checkpoint_steps}: give 0 or more")
         if not self.lr > 0:
@@ -48,7 +52,9 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Linear warm-up, then a cosine from config.lr to 0 over `total` steps."""
+    """That of a step of `total`: linear warm-up, then a cosine from config.lr to 0, or steps down at the milestones."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.milestones:
+        return config.lr * 0.1 ** sum(step * config.epochs >= epoch * total for epoch in config.milestones)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, total - config.warmup_steps)))

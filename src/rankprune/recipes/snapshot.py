@@ -52,7 +52,7 @@ def read_snapshot(
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged; delete it to begin again") from error
     if not isinstance(state, dict) or "settings" not in state:
         raise CheckpointError(f"{str(path)!r} is not a checkpoint of this loop; delete it, or choose another folder")
-    there, here = _in_force(json.loads(state["settings"])), _in_force(json.loads(json.dumps(settings)))
+    there, here = in_force(json.loads(state["settings"])), in_force(json.loads(json.dumps(settings)))
     if there != here:
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is of a run with another config, {there} instead of {here}; "
@@ -69,8 +69,8 @@ def read_snapshot(
     return Journal(log, **{name: state[name] for name in ("step", "loss_sum", "seconds", "waited") if name in state})
 
 
-def _in_force(settings: Any) -> Any:
-    """`settings` without what is off (0, None, ""), so that checkpoints outlive the arrival of an option that is off."""
+def in_force(settings: Any) -> Any:
+    """`settings` without what is off (0, None, ""), so that runs outlive the arrival of an option that is off."""
     if not isinstance(settings, dict):
         return settings
-    return {name: _in_force(value) for name, value in settings.items() if value}
+    return {name: in_force(value) for name, value in settings.items() if value}

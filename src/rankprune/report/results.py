@@ -56,8 +56,10 @@ def _read(file: Path) -> Any:
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
-    """The results in the order of all tables: by network, dense ones first, then by MACs."""
-    return sorted(results, key=lambda r: (r["model"], from_scratch(r), r["method"] != "dense", macs(r), r["name"]))
+    """The results in the order of all tables: by images and network, dense ones first, then by MACs."""
+    return sorted(
+        results, key=lambda r: (r["dataset"], r["model"], from_scratch(r), r["method"] != "dense", macs(r), r["name"])
+    )
 
 
 def seeds_together(results: Sequence[Result]) -> list[list[Result]]:

@@ -127,12 +127,14 @@ def figures(r: Result) -> Table:
         return Table("Figures", ("", "dense"), rows)
     dense = f"{r['top1_dense']:.2f}" if "top1_dense" in r else ""
     drop = f"{r['top1_dense'] - r['top1']:.2f} points lost" if "top1_dense" in r else ""
+    before = r.get("top1_before_finetuning")
     rows = [
         ("top-1 %", dense, f"{r['top1_before_decomposition']:.2f}", f"{r['top1']:.2f}", drop),
+        *([("top-1 %, not fine-tuned", "", "", f"{before:.2f}", "")] if before is not None else []),
         ("MACs", f"{r['macs_dense']:,}", "", f"{r['macs']:,}", f"{times(r['macs_dense'], r['macs'])} fewer"),
         ("params", f"{r['params_dense']:,}", "", f"{r['params']:,}", f"{times(r['params_dense'], r['params'])} fewer"),
     ]
-    return Table("Figures", ("", "dense", "trained", "decomposed", "change"), rows, note="Trained: before decomposition.")
+    return Table("Figures", ("", "dense", "before", "decomposed", "change"), rows, note="Before: what was decomposed.")
 
 
 def latency(r: Result) -> Table:
