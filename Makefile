@@ -70,13 +70,14 @@ bench-latency: .venv/ready
 	$(BY_CLOCK):resnet18 --input 1,3,224,224 --rule "Budget(latency=0.36, backend='onnxruntime')" --out $(CLOCKED)-resnet18-224.json \
 	--layer layer3.1.conv1 --plot docs/plots/layer-rank.svg
 	$(BY_CLOCK):resnet18 --input 8,3,112,112 --rule "Budget(latency=0.33, backend='onnxruntime')" --out $(CLOCKED)-resnet18-112.json
-	$(BY_CLOCK):resnet50 --input 1,3,224,224 --rule "Budget(latency=0.36, backend='onnxruntime')" --out $(CLOCKED)-resnet50-224.json
+	$(BY_CLOCK):resnet50 --input 1,3,224,224 --rule "Budget(latency=0.34, backend='onnxruntime')" --out $(CLOCKED)-resnet50-224.json
 	$(BIN)/rankprune bench latency --rule "Budget(latency=0.5, backend='onnxruntime')" --rule "Budget(macs=1/2.9)" \
 	--model rankprune.recipes.imagenet_resnet:resnet18 --input 1,3,224,224 --out $(CLOCKED)-resnet18-backends.json
 	$(BIN)/python benchmarks/pairs.py
 
 bench: bench-cifar bench-latency
 	$(BIN)/python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
+	$(BIN)/python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 	$(BIN)/python benchmarks/overhead.py
 
 .venv/ready: pyproject.toml constraints.txt
