@@ -143,19 +143,22 @@ class Meter:
         logger.info("%s: %d variants of %s in %.0f s", self._backend.name, len(ms), subject.module, time.perf_counter() - began)
         return {"dense": found[""], "pairs": by_scheme, "spread": noise}
 
+    def check(self, model: nn.Module, x: Inputs) -> None:
+        """Make sure that the backend can take the network. Raises what its load() does."""
+
+        def load() -> dict[str, Any]:
+            self._backend.load(model, x)
+            return {"spread": 0.0}
+
+        self.cache.get(f"{_described(model, x)} can be taken", load)
+
     def network(
-        self,
-        model: nn.Module,
-        x: Inputs,
-        subjects: Mapping[str, Subject] | None = None,
-        variants: Sequence[Variant] = (),
-        dense_ns: int | None = None,
+        self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant], dense_ns: int | None
     ) -> list[int]:
         """Nanoseconds of the dense network and of its variants.
 
         If the dense one took `dense_ns` before, a time that is far from that counts as noise: the machine does something else.
         """
-        subjects = subjects or {}
 
         def measure() -> dict[str, Any]:
             networks = [model]
@@ -165,11 +168,7 @@ class Meter:
             ms, noise = self._time(networks, x, None if dense_ns is None else dense_ns / 1e6)
             return {"ms": ms, "spread": noise}
 
-        inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
-        types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
-        kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
-        digest = hashlib.sha256(f"{kind} {model} {types} {inputs} {[dict(v) for v in variants]}".encode()).hexdigest()[:16]
-        found = self._known(f"{type(model).__name__} {digest} on {list(shapes(x))}", measure)
+        found = self._known(_described(model, x, [dict(v) for v in variants]), measure)
         return [round(ms * 1e6) for ms in found["ms"]]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -194,6 +193,15 @@ class Meter:
                 break
         assert best is not None
         return best
+
+
+def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
+    """A text that differs where the network, its inputs or `more` differs."""
+    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
+    types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
+    kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
+    digest = hashlib.sha256(f"{kind} {model} {types} {inputs} {more}".encode()).hexdigest()[:16]
+    return f"{type(model).__name__} {digest} on {list(shapes(x))}"
 
 
 @torch.no_grad()

@@ -120,10 +120,10 @@ def measure_table(
         NoisyMeasurementWarning: if the times of a layer or the network vary by more than a fifth in each of three tries.
     """
     with Meter.metering(model, backend, threads) as meter:
-        (dense,) = meter.network(model, x)  # first: if the backend cannot take the network, its layers need not be timed
+        meter.check(model, x)  # or its layers need not be timed
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
         alone = {name: _layer(meter, name, subject, tails[name]) for name, subject in subjects.items()}
-        table = LatencyTable(meter.setting, shapes(x), alone, network_ns=dense)
+        table = LatencyTable(meter.setting, shapes(x), alone)
         return table.after(_trials(meter, table, model, x, subjects, _first_variants(alone)))
 
 
@@ -144,7 +144,7 @@ def correct_table(
 def _trials(
     meter: Meter, table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
 ) -> list[Trial]:
-    dense, *decomposed = meter.network(model, x, subjects, variants, table.network_ns)
+    dense, *decomposed = meter.network(model, x, subjects, variants, table.network_ns or None)
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
         warnings.warn(
