@@ -289,6 +289,19 @@ def test_a_machine_that_is_slower_than_before_sets_no_times_right(folder: Path, 
     assert trp.plan.ms_measured is None
 
 
+def test_a_machine_that_is_faster_than_before_sets_times_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calm(programs: list, x: Inputs, rounds: int = 15) -> list[list[float]]:
+        return [[0.6 * program.ms] * rounds for program in programs]
+
+    model, optimizer, trp = trained(RAMP - 1)
+    network_ns = table_of(trp).network_ns
+    monkeypatch.setattr(meter, "time_together", calm)
+    train(model, optimizer, range(RAMP - 1, RAMP))
+    assert table_of(trp).network_ns == pytest.approx(0.6 * network_ns)
+    assert trp.plan is not None
+    assert trp.plan.ms_measured == pytest.approx(trp.plan.ms, rel=1e-2)
+
+
 def test_the_network_is_timed_as_it_is_decomposed_in_the_end() -> None:
     model, _, trp = trained(RAMP + 1)
     table = table_of(trp)

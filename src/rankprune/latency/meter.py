@@ -157,7 +157,7 @@ class Meter:
     ) -> list[int]:
         """Nanoseconds of the dense network and of its variants.
 
-        If the dense one took `dense_ns` before, a time that is far from that counts as noise: the machine does something else.
+        If the dense one took `dense_ns` before, a time far above that counts as noise: the machine does something else as well.
         """
 
         def measure() -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Meter:
         return found
 
     def _time(self, models: Sequence[nn.Module], x: Inputs, first_ms: float | None = None) -> tuple[list[float], float]:
-        """The models' medians, and the median of their spreads, or how far the first is from `first_ms` if that is more.
+        """The models' medians, and the median of their spreads, or how far the first is above `first_ms` if that is more.
 
         Of several tries it is the calmest.
         """
@@ -186,7 +186,7 @@ class Meter:
         for _ in range(_TRIES):
             found = time_together(programs, x)
             ms, noise = [statistics.median(values) for values in found], statistics.median(map(spread, found))
-            drift = 0.0 if first_ms is None else abs(ms[0] / first_ms - 1)
+            drift = 0.0 if first_ms is None else max(0.0, ms[0] / first_ms - 1)
             if best is None or max(noise, drift) < best[1]:
                 best = ms, max(noise, drift)
             if noise <= NOISY / 2 and drift <= NOISY:

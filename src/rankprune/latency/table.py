@@ -132,11 +132,11 @@ def correct_table(
 ) -> LatencyTable:
     """The table after a trial of `variant`; without `fit` that is only noted. Raises and warns as measure_table does.
 
-    Where the dense network takes another time than before, by more than a fifth, the trial says nothing and the table stays.
+    Where the dense network takes longer than before, by more than a fifth, the trial says nothing and the table stays.
     """
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
         trials = _trials(meter, table, model, x, subjects, [variant])
-    if abs(trials[0].dense_ns / table.network_ns - 1) > NOISY:
+    if trials[0].dense_ns > (1 + NOISY) * table.network_ns:
         return table
     return table.after(trials) if fit else replace(table, trials=(*table.trials, *trials))
 
@@ -149,8 +149,8 @@ def _trials(
     if noisy:
         warnings.warn(
             f"{len(noisy)} of {len(meter.spreads)} measurements on this machine vary by more than {NOISY:.0%}, or are as far "
-            f"from earlier ones, the worst by {max(noisy):.0%}: too much to choose ranks by; stop what else runs on it and try "
-            "again, or budget in MACs, like Budget(macs=0.5)",
+            f"above earlier ones, the worst by {max(noisy):.0%}: too much to choose ranks by; stop what else runs on it and "
+            "try again, or budget in MACs, like Budget(macs=0.5)",
             NoisyMeasurementWarning,
             stacklevel=2,
         )
