@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import rankprune as rp
 from rankprune.backends.onnxruntime import quantize_onnx
+from rankprune.ranks import Candidate, Choice, Cost, RankRule
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
@@ -32,7 +34,6 @@ from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
 BATCH, CALIBRATION, CALLS = 64, 512, 30
-RULES = {"resnet18": ("Budget(macs=1/2.9)", 0.36), "resnet50": ("Budget(macs=1/2.9)", 0.34)}
 
 
 def rates() -> dict[str, float]:
@@ -109,18 +110,26 @@ def breakdown(file: Path, x: Tensor, rate: dict[str, float]) -> list[dict[str, A
     return sorted(({"kind": kind, **row} for kind, row in kinds.items()), key=lambda row: -row["ms"])
 
 
+class Given(RankRule):
+    """Ranks that were chosen before."""
+
+    def __init__(self, chosen: Mapping[str, tuple[str, int]]) -> None:
+        self.chosen = chosen
+
+    def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
+        return {name: Choice(*self.chosen[name]) if name in self.chosen else Choice(reason="as before") for name in layers}
+
+
 def photographs(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
-    """ResNets at 224 x 224 as files."""
-    x = torch.randn(1, 3, 224, 224)
-    for name, (by_macs, by_time) in RULES.items():
-        torch.manual_seed(0)
+    """ResNets at 224 x 224 as files, as `make bench-latency` decomposed them."""
+    x, file = torch.randn(1, 3, 224, 224), folder / "network.onnx"
+    for name in ("resnet18", "resnet50"):
+        plans = json.loads((RESULT.parent / f"latency-{name}-224.json").read_text())["plans"]
         dense = build(name, 1000).eval()
-        rules = {by_macs: rp.Budget(macs=1 / 2.9), f"latency={by_time}": rp.Budget(latency=by_time, backend="onnxruntime")}
         networks = {"dense": dense} | {
-            text: rp.decompose(dense, rp.make_plan(dense, x, rule=rule)) for text, rule in rules.items()
+            text: rp.decompose(dense, rp.make_plan(dense, x, rule=Given(chosen))) for text, chosen in plans.items()
         }
         for text, network in networks.items():
-            file = folder / f"{name}-{len(text)}.onnx"
             rp.export_onnx(network, x, file)
             yield f"{name}, {text}", file, x
 
@@ -147,7 +156,7 @@ def main() -> None:
     print(f"{2 * rate['macs_per_ns']:.0f} GFLOP/s, {rate['bytes_per_ns']:.1f} GB/s")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for network, file, x in (*photographs(folder), *small_images(folder, Path(sys.argv[1]))):
+        for network, file, x in chain(photographs(folder), small_images(folder, Path(sys.argv[1]))):
             kinds = breakdown(file, x, rate)
             total = {key: sum(kind[key] for kind in kinds) for key in ("ms", "least_ms", "macs")}
             rows.append({"network": network, **total, "kinds": kinds})
