@@ -73,21 +73,28 @@ def kind_of(event: dict[str, Any]) -> str:
     name, shapes = event["args"]["op_name"], _shapes(event["args"]["input_type_shape"])
     if "Conv" not in name:
         return name
-    weight = next(s for s in shapes[1:] if len(s) == 4)
-    return f"{name} {weight[2]} x {weight[3]}"
+    weight = _weight(shapes)
+    return f"{name} {weight[2]} x {weight[3]}" if weight else name
 
 
 def macs_and_bytes(event: dict[str, Any]) -> tuple[int, int]:
-    """The multiply-accumulates of a convolution or product, and the bytes that any operation reads and writes."""
+    """The multiply-accumulates of a convolution or product, and the bytes that any operation reads and writes.
+
+    Convolutions in int8 do not tell the shape of their weights, and count as none.
+    """
     args = event["args"]
     inputs, outputs = _shapes(args["input_type_shape"]), _shapes(args["output_type_shape"])
     moved = int(args["activation_size"]) + int(args["parameter_size"]) + int(args["output_size"])
-    if "Conv" in args["op_name"]:
-        weight = next(s for s in inputs[1:] if len(s) == 4)
+    weight = _weight(inputs) if "Conv" in args["op_name"] else None
+    if weight:
         return math.prod(outputs[0]) * math.prod(weight[1:]), moved
     if args["op_name"] in ("Gemm", "MatMul", "FusedMatMul"):
         return math.prod(outputs[0]) * inputs[0][-1], moved
     return 0, moved
+
+
+def _weight(inputs: list[list[int]]) -> list[int] | None:
+    return next((shape for shape in inputs[1:] if len(shape) == 4), None)
 
 
 def _shapes(described: list[dict[str, list[int]]]) -> list[list[int]]:
@@ -117,6 +124,7 @@ class Given(RankRule):
         self.chosen = chosen
 
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
+        """These, and no others."""
         return {name: Choice(*self.chosen[name]) if name in self.chosen else Choice(reason="as before") for name in layers}
 
 
