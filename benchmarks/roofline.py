@@ -1,7 +1,7 @@
 """Where the time goes in ONNX Runtime: of each network what every kind of operation takes, and what it could take at least.
 
 The least is a roofline: multiply-accumulates by the rate of a large matrix product, or bytes by the rate of a large copy,
-whichever takes longer, both measured here on as many threads. Networks: ResNet-18 and ResNet-50 at 224 x 224 of random weights,
+whichever takes longer, both measured on as many threads right before each network. Networks: ResNet-18 and ResNet-50 at 224 x 224 of random weights,
 dense and with ranks by MACs and by time; and ResNet-20 of a finished run of the recipes, batch 64, in float32 and int8.
 
     RANKPRUNE_DATA=... python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
@@ -160,19 +160,20 @@ def small_images(folder: Path, experiment: Path) -> Iterator[tuple[str, Path, Te
 
 def main() -> None:
     """Measure, print, and write the result."""
-    rate, rows = rates(), []
-    print(f"{2 * rate['macs_per_ns']:.0f} GFLOP/s, {rate['bytes_per_ns']:.1f} GB/s")
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for network, file, x in chain(photographs(folder), small_images(folder, Path(sys.argv[1]))):
+            rate = rates()
             kinds = breakdown(file, x, rate)
             total = {key: sum(kind[key] for kind in kinds) for key in ("ms", "least_ms", "macs")}
-            rows.append({"network": network, **total, "kinds": kinds})
-            print(f"{network}: {total['ms']:.1f} ms, at least {total['least_ms']:.1f}")
+            rows.append({"network": network, **total, **rate, "kinds": kinds})
+            best = f"{2 * rate['macs_per_ns']:.0f} GFLOP/s, {rate['bytes_per_ns']:.1f} GB/s"
+            print(f"{network}: {total['ms']:.1f} ms, at least {total['least_ms']:.1f} at {best}")
             for kind in kinds:
                 rate_of = f"{2 * kind['macs'] / kind['ms'] / 1e6:.0f} GFLOP/s" if kind["macs"] else ""
                 print(f"  {kind['kind']:28} {kind['count']:3} {kind['ms']:7.2f} ms {kind['least_ms']:7.2f} {rate_of}")
-    write({"benchmark": "roofline", "experiment": Path(sys.argv[1]).stem, **rate, "rows": rows, **provenance()}, RESULT)
+    write({"benchmark": "roofline", "experiment": Path(sys.argv[1]).stem, "rows": rows, **provenance()}, RESULT)
 
 
 if __name__ == "__main__":
