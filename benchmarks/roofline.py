@@ -1,8 +1,9 @@
 """Where the time goes in ONNX Runtime: of each network what every kind of operation takes, and what it could take at least.
 
 The least is a roofline: multiply-accumulates by the rate of a large matrix product, or bytes by the rate of a large copy,
-whichever takes longer, both measured on as many threads right before each network. Networks: ResNet-18 and ResNet-50 at 224 x 224 of random weights,
-dense and with ranks by MACs and by time; and ResNet-20 of a finished run of the recipes, batch 64, in float32 and int8.
+whichever takes longer, both measured on as many threads right before each network. Networks: ResNet-18 and ResNet-50 at
+224 x 224 of random weights, dense and with ranks by MACs and by time; and ResNet-20 of a finished run of the recipes, batch
+64, in float32 and int8.
 
     RANKPRUNE_DATA=... python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 """
