@@ -29,7 +29,7 @@ class Budget(RankRule):
     Args:
         backend: what runs the network where its latency counts: ``"eager"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``,
             ``"aot_inductor"`` or ``"executorch"``.
-        threads: how many it may use; None means torch.get_num_threads().
+        threads: how many it may use; None means torch.get_num_threads(). ExecuTorch has its own number and takes no other.
     """
 
     macs: float | None = None
