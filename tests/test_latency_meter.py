@@ -253,13 +253,30 @@ def test_followers_end_where_two_modules_take_up_one_tensor() -> None:
         (nn.ReLU(inplace=True), nn.ReLU(inplace=True)),
         (nn.GELU("tanh"), nn.GELU("tanh")),
         (nn.LeakyReLU(0.3), nn.LeakyReLU(0.3)),
+        (nn.ReLU6(), nn.Hardtanh(0.0, 6.0)),
+        (nn.SiLU(), nn.SiLU()),
+        (nn.Hardswish(), nn.Hardswish()),
+        (nn.Hardsigmoid(), nn.Hardsigmoid()),
         (F.relu, nn.ReLU()),
         (torch.relu_, nn.ReLU()),
         (Tensor.relu, nn.ReLU()),
         (F.silu, nn.SiLU()),
         (partial(F.gelu, approximate="tanh"), nn.GELU("tanh")),
     ],
-    ids=["ReLU", "GELU", "LeakyReLU", "relu", "relu_", "Tensor.relu", "silu", "gelu"],
+    ids=[
+        "ReLU",
+        "GELU",
+        "LeakyReLU",
+        "ReLU6",
+        "SiLU",
+        "Hardswish",
+        "Hardsigmoid",
+        "relu",
+        "relu_",
+        "Tensor.relu",
+        "silu",
+        "gelu",
+    ],
 )
 def test_followers_are_functions_as_well(activation: Callable[[Tensor], Tensor], found: nn.Module) -> None:
     class Functional(nn.Module):
@@ -273,7 +290,8 @@ def test_followers_are_functions_as_well(activation: Callable[[Tensor], Tensor],
     model = Functional()
     norm, last = followers(model, torch.randn(2, 3, 4, 4), {"layer": model.layer})["layer"]
     assert type(norm) is nn.BatchNorm2d
-    x = torch.randn(9)
+    assert not norm._forward_hooks
+    x = 9 * torch.randn(9)
     assert type(last) is type(found)
     assert torch.equal(last(x.clone()), found(x.clone()))
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from rankprune.errors import RankPruneError
+from rankprune.recipes.experiment import Experiment
 
 invoke = pytest.importorskip("command_line", exc_type=ImportError).invoke
 Image = pytest.importorskip("PIL.Image")
@@ -37,3 +39,19 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     assert f"top-1 {result['top1']:.2f} % of 4 images" in shown
     with pytest.raises(RankPruneError, match="--resize would do nothing: without --size"):
         invoke("evaluate", *network, *data, "--resize", "40")
+
+
+def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "nothing"))
+    file, weights, result = tmp_path / "row.toml", tmp_path / "row" / "dense.safetensors", tmp_path / "row.json"
+    file.write_text('method = "dense"\n')
+    weights.parent.mkdir()
+    weights.touch()
+    result.write_text(json.dumps({"config": asdict(Experiment.read(file)), "top1_dense": 1.0}))
+    folders = ["--results", str(tmp_path), "--runs", str(tmp_path)]
+    before = result.read_text()
+    assert "was there; --again" in invoke("bench", "run", str(file), *folders)
+    assert result.read_text() == before
+    for again in (["--again"], ["--seed", "1"]):
+        with pytest.raises(RankPruneError, match="no 'train' images under"):
+            invoke("bench", "run", str(file), *folders, *again)

@@ -185,16 +185,20 @@ def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
 
 
 def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.json"
-    assert not finished(TINY, path)
+    path, weights = tmp_path / "tiny.json", tmp_path / "tiny" / "dense.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    assert not finished(TINY, path, tmp_path)
     path.write_text("{")
-    assert not finished(TINY, path)
+    assert not finished(TINY, path, tmp_path)
     config = json.loads(json.dumps(asdict(TINY)))
     del config["training"]["milestones"]  # of a version that had none
     path.write_text(json.dumps({"config": config}))
-    assert finished(TINY, path)
-    assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path)
-    assert not finished(replace(TINY, trp=TrpConfig(every=3)), path)
+    assert finished(TINY, path, tmp_path)
+    assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path, tmp_path)
+    assert not finished(replace(TINY, trp=TrpConfig(every=3)), path, tmp_path)
+    weights.unlink()  # as in a fresh clone
+    assert not finished(TINY, path, tmp_path)
 
 
 def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:

@@ -315,6 +315,27 @@ def test_the_network_is_timed_as_it_is_decomposed_in_the_end() -> None:
     assert (table_of(trp).share, table_of(trp).overhead_ns) == (table.share, table.overhead_ns)
 
 
+def test_a_failure_while_timing_the_end_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(programs: list, x: Inputs, rounds: int = 15) -> list[list[float]]:
+        raise rp.ExportError("no")
+
+    model, _, trp = trained(RAMP + 1)
+    with torch.no_grad():
+        model[6].weight.normal_()
+    monkeypatch.setattr(meter, "time_together", broken)
+    with pytest.warns(UserWarning, match="the decomposed network could not be timed: no"):
+        small = trp.finalize()
+    assert trp.plan is not None
+    assert trp.plan.ms_measured is None
+    torch.testing.assert_close(small(X), model(X), rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_of_times_goes_into_a_safe_file(tmp_path: Path) -> None:
+    state = trained(RAMP)[2].state_dict()
+    torch.save(state, tmp_path / "trp.pt")
+    make(network()).load_state_dict(torch.load(tmp_path / "trp.pt", weights_only=True))
+
+
 def test_a_layer_that_cannot_be_timed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Picky(own_clock.Timeless):
         """Takes no pairs of convolutions by themselves."""

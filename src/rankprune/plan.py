@@ -18,8 +18,9 @@ class LayerPlan:
     """One layer: the scheme and rank it gets, or the reason why it stays dense; with both, projections hold it at that rank.
 
     `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
-    bias. `error` is the share of the weight's energy that the truncation loses: sum of s_j^2 beyond the rank over that of all.
-    Milliseconds are predicted ones, in the plan's setting, where its rule goes by latency.
+    bias. `error` is the share of the weight's energy that the truncation loses, only by projection where the layer stays dense:
+    sum of s_j^2 beyond the rank over that of all. Milliseconds are predicted ones, in the plan's setting, where its rule goes
+    by latency.
     """
 
     name: str

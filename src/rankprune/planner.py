@@ -201,7 +201,7 @@ class Planner:
 
     def timed(self, plan: Plan) -> Plan:
         """The plan with the time that the network decomposed like this takes, where its rule goes by latency."""
-        if self.latency is None:
+        if self.latency is None or self.latency.table is None:
             return plan
         variant = {name: (entry.scheme or "", entry.rank or 1) for name, entry in plan.decomposed.items()}
         if self.latency.known.measured_ns(variant) is None:

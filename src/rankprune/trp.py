@@ -238,6 +238,14 @@ class TRP:
             latency.table = table
             warnings.warn(f"{error}. That is by times measured in training; ranks go by the earlier ones", stacklevel=2)
 
+    def _time(self) -> None:
+        if self.plan is None:
+            return
+        try:
+            self.plan = self._planner.timed(self.plan)
+        except RankPruneError as error:
+            warnings.warn(f"the decomposed network could not be timed: {error}", stacklevel=3)
+
     def _device(self) -> torch.device:
         return next(iter(self._planner.layers.values())).module.get_parameter("weight").device
 
@@ -264,8 +272,9 @@ class TRP:
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
-        If the last step was itself followed by a projection in full, its ranks count. Where the rule goes by latency, the
-        network is timed as it is decomposed, unless its times are from another machine.
+        If the last step was itself followed by a projection in full, its ranks count. Where the rule goes by latency, the first
+        process times the network as it is decomposed, for the plan's `ms_measured`, while the others wait; not if the weights
+        are sharded, or the times it goes by are from another machine.
 
         Args:
             into: a fresh dense model, which takes up the weights and is decomposed in place of `model`. Needed where the
@@ -273,6 +282,9 @@ class TRP:
 
         Raises:
             RankPruneError: if the weights are sharded and there is no `into`.
+
+        Warns:
+            UserWarning: if the network cannot be timed; the plan then has no measured time.
         """
         reshard(self.model)
         sharded = any(is_sharded(p) for p in self.model.parameters())
@@ -283,7 +295,7 @@ class TRP:
             self.plan = self.project()
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             project_factored(self._planner, self.plan, self._planner.factor())
-        self.plan = self._planner.timed(self.plan)
+        self._time()
         self.detach()
         if into is None:
             return decompose(self.model, self.plan)

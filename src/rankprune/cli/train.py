@@ -87,7 +87,7 @@ def bench_run(
     """Run one experiment, or the rest of an interrupted one, and write its JSON; one that is there already is left as it is."""
     experiment = experiments.Experiment.read(file)
     experiment = experiment if seed is None else experiment.with_seed(seed)
-    if not again and runner.finished(experiment, path := results / f"{experiment.name}.json"):
+    if not again and runner.finished(experiment, path := results / f"{experiment.name}.json", runs):
         say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
     _run(experiment, experiments.Folders.from_environment(runs), results, experiment.name)

@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     Tensor.relu: nn.ReLU,
     Tensor.relu_: nn.ReLU,
     F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,  # which nn.ReLU6 is, too
     F.leaky_relu: nn.LeakyReLU,
     F.silu: nn.SiLU,
     F.gelu: nn.GELU,
@@ -29,7 +30,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
 
 
 def followers(model: nn.Module, x: Inputs, layers: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
-    """The BatchNorms, copied, and the activations that take up each layer's output as it is, in order.
+    """The BatchNorms and activations, as copies, that take up each layer's output as it is, in order.
 
     They end where two of them take up the same tensor. Of a layer that runs more than once they are those of its first call.
     """
@@ -39,7 +40,7 @@ def followers(model: nn.Module, x: Inputs, layers: Mapping[str, nn.Module]) -> d
         for name, layer in layers.items()
     ]
     handles += [
-        norm.register_forward_hook(lambda m, args, output: chains.follow(lambda: copy.deepcopy(m), args, output))
+        norm.register_forward_hook(lambda m, args, output: chains.follow(lambda: m, args, output))
         for norm in model.modules()
         if isinstance(norm, BatchNorm)
     ]
@@ -49,7 +50,7 @@ def followers(model: nn.Module, x: Inputs, layers: Mapping[str, nn.Module]) -> d
     finally:
         for handle in handles:
             handle.remove()
-    return {name: chains.of(name) for name in layers}
+    return {name: [copy.deepcopy(m) for m in chains.of(name)] for name in layers}
 
 
 class _Chains:

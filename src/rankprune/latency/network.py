@@ -79,7 +79,7 @@ class NetworkLatency:
             fit: whether predictions change; without, that time is only noted.
 
         Returns:
-            Whether it could be timed.
+            Whether the table changed: not if that cannot be timed, or the machine is busy.
 
         Raises what `measure` does.
 

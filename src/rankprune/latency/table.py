@@ -124,7 +124,7 @@ def measure_table(
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
         alone = {name: _layer(meter, name, subject, tails[name]) for name, subject in subjects.items()}
         table = LatencyTable(meter.setting, shapes(x), alone)
-        return table.after(_trials(meter, table, model, x, subjects, _first_variants(alone)))
+        return table.after(_trials(meter, table, model, x, subjects, _first_variants(alone))[0])
 
 
 def correct_table(
@@ -135,26 +135,26 @@ def correct_table(
     Where the dense network takes longer than before, by more than a fifth, the trial says nothing and the table stays.
     """
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        trials = _trials(meter, table, model, x, subjects, [variant])
-    if trials[0].dense_ns > (1 + NOISY) * table.network_ns:
+        trials, busy = _trials(meter, table, model, x, subjects, [variant])
+    if busy:
         return table
     return table.after(trials) if fit else replace(table, trials=(*table.trials, *trials))
 
 
 def _trials(
     meter: Meter, table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
-) -> list[Trial]:
-    dense, *decomposed = meter.network(model, x, subjects, variants, table.network_ns or None)
+) -> tuple[list[Trial], bool]:
+    (dense, *decomposed), busy = meter.network(model, x, subjects, variants, table.network_ns or None)
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
         warnings.warn(
             f"{len(noisy)} of {len(meter.spreads)} measurements on this machine vary by more than {NOISY:.0%}, or are as far "
-            f"above earlier ones, the worst by {max(noisy):.0%}: too much to choose ranks by; stop what else runs on it and "
+            f"above earlier ones, the worst by {max(noisy):.0%}: too much to go by; stop what else runs on it and "
             "try again, or budget in MACs, like Budget(macs=0.5)",
             NoisyMeasurementWarning,
             stacklevel=2,
         )
-    return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)]
+    return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)], busy
 
 
 def _layer(meter: Meter, name: str, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:

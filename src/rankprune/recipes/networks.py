@@ -12,6 +12,8 @@ from rankprune.recipes.resnet import DEPTHS, resnet
 
 IMAGENET = {"resnet18": imagenet_resnet.resnet18, "resnet50": imagenet_resnet.resnet50}
 RUN, TORCHVISION, TIMM = "run:", "torchvision:", "timm:"
+WEIGHTS = "dense.safetensors"
+"""The weights before decomposition, in the folder of a run; written when it ends."""
 
 
 def build(name: str, classes: int) -> nn.Module:
@@ -53,7 +55,7 @@ def load_weights(model: nn.Module, source: str, models: Path, runs: Path) -> Non
 def _file(source: str, models: Path, runs: Path) -> Path:
     if not source.startswith(RUN):
         return models / source
-    file = runs / source.removeprefix(RUN) / "dense.safetensors"
+    file = runs / source.removeprefix(RUN) / WEIGHTS
     if not file.is_file():
         raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
     return file

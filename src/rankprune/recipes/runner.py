@@ -27,7 +27,7 @@ from rankprune.ranks import RankRule
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.networks import build, load_weights
+from rankprune.recipes.networks import WEIGHTS, build, load_weights
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.snapshot import in_force
@@ -70,7 +70,7 @@ def run(
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "dense.safetensors", model)
+    save_tensors(folder / WEIGHTS, model)
     result = _describe(e, log, data) | found
     if plan is None or small is None:
         cost = count(model, x)
@@ -214,8 +214,13 @@ def commit() -> str | None:
         return None
 
 
-def finished(experiment: Experiment, path: Path) -> bool:
-    """Whether the file has a result of this experiment; settings that are off there or here count as left out."""
+def finished(experiment: Experiment, path: Path, runs: Path) -> bool:
+    """Whether the file has a result of this experiment, and `runs` the weights that others build on.
+
+    Settings that are off there or here count as left out.
+    """
+    if not (runs / experiment.name / WEIGHTS).is_file():
+        return False
     try:
         there = json.loads(path.read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):

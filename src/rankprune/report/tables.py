@@ -207,8 +207,9 @@ def layers(r: Result) -> Table:
     columns = ("layer", "weight", "scheme", "rank", "energy lost", "MACs before", "after", "params before", "after")
     rows = []
     for e in plan.layers:
-        rank, lost = (_rank(e.rank, e.full_rank), f"{e.error:.2%}") if e.rank else ("", "")
-        scheme = e.scheme or "" if e.becomes_pair else "dense"
+        scheme, rank, lost = (
+            (e.scheme or "", _rank(e.rank, e.full_rank), f"{e.error:.2%}") if e.becomes_pair else ("dense", "", "")
+        )
         costs = [f"{v:,}" if v is not None else "" for v in (e.macs_before, e.macs_after, e.params_before, e.params_after)]
         costs += [f"{v:.3f}" if v is not None else "" for v in (e.ms_before, e.ms_after)] if timed else []
         rows.append((e.name, f"{e.kind} {'x'.join(map(str, e.shape))}", scheme, rank, lost, *costs))
