@@ -1,9 +1,9 @@
 """Where the time goes in ONNX Runtime: of each network what every kind of operation takes, and what it could take at least.
 
-The least is a roofline: multiply-accumulates by the rate of a large matrix product, or bytes by the rate of a large copy,
-whichever takes longer, both measured on as many threads right before each network. Networks: ResNet-18 and ResNet-50 at
-224 x 224 of random weights, dense and with ranks by MACs and by time; and ResNet-20 of a finished run of the recipes, batch
-64, in float32 and int8.
+The least is a roofline: multiply-accumulates at the rate of a large matrix product, or bytes at that of the fastest copy,
+whichever takes longer, both measured on as many threads before and after. Networks: ResNet-18 and ResNet-50 at 224 x 224 of
+random weights, dense and with ranks by MACs and by time; and ResNet-20 of a finished run of the recipes, batch 64, in float32
+and int8. All forms of a network are run in turn.
 
     RANKPRUNE_DATA=... python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 """
@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,21 @@ from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
-BATCH, CALIBRATION, CALLS = 64, 512, 30
+BATCH, CALIBRATION, WARM_UP, CALLS = 64, 512, 5, 30
 
 
 def rates() -> dict[str, float]:
-    """Multiply-accumulates and bytes each nanosecond that this processor can do on torch's threads."""
-    a, b, source = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(2**26)
-    target = torch.empty_like(source)
-    products, copies = _fastest(lambda: a @ b), _fastest(lambda: target.copy_(source))
-    return {"macs_per_ns": 2048**3 / products, "bytes_per_ns": 2 * 4 * 2**26 / copies}
+    """Multiply-accumulates and bytes each nanosecond that this processor does at best on torch's threads.
+
+    Copies are of a quarter of a megabyte, which stays in the caches, up to 256.
+    """
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    copies = []
+    for count in (2**16, 2**18, 2**20, 2**22, 2**26):
+        source = torch.randn(count)
+        target = torch.empty_like(source)
+        copies.append(2 * 4 * count / _fastest(lambda target=target, source=source: target.copy_(source)))
+    return {"macs_per_ns": 2048**3 / _fastest(lambda: a @ b), "bytes_per_ns": max(copies)}
 
 
 def _fastest(work: Callable[[], object]) -> float:
@@ -54,19 +60,29 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(once() for _ in range(12))
 
 
-def profile(file: Path, x: Tensor) -> list[dict[str, Any]]:
-    """The events of CALLS runs of an ONNX file, after a warm-up."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.enable_profiling = True
-    options.profile_file_prefix = str(file.with_suffix(""))
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    for _ in range(CALLS + 5):
-        session.run(None, feed)
-    events = json.loads(Path(session.end_profiling()).read_text())
-    return [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+Forms = Mapping[str, tuple[Path, Tensor]]
+"""Files of one network in several forms, with their inputs."""
+
+
+def profiles(forms: Forms) -> dict[str, list[dict[str, Any]]]:
+    """The events of CALLS runs of each file, in turn, after a warm-up: a change of the machine's speed hits all alike."""
+    sessions = {}
+    for number, (name, (file, _)) in enumerate(forms.items()):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(file.with_name(f"profile-{number}"))
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions would be in the way
+        sessions[name] = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    for _ in range(WARM_UP + CALLS):
+        for name, session in sessions.items():
+            session.run(None, {session.get_inputs()[0].name: forms[name][1].numpy()})
+    found = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in sessions.items()}
+    return {
+        name: [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        for name, events in found.items()
+    }
 
 
 def kind_of(event: dict[str, Any]) -> str:
@@ -102,17 +118,17 @@ def _shapes(described: list[dict[str, list[int]]]) -> list[list[int]]:
     return [shape for entry in described for shape in entry.values()]
 
 
-def breakdown(file: Path, x: Tensor, rate: dict[str, float]) -> list[dict[str, Any]]:
+def breakdown(events: Sequence[dict[str, Any]], rate: Mapping[str, float]) -> list[dict[str, Any]]:
     """For each kind of operation: how many there are, milliseconds a call, the least by the roofline, and what it computes."""
     nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for event in profile(file, x):
+    for event in events:
         nodes[event["name"]].append(event)
     kinds: dict[str, dict[str, Any]] = {}
-    for events in nodes.values():
-        row = kinds.setdefault(kind_of(events[0]), {"count": 0, "ms": 0.0, "least_ms": 0.0, "macs": 0})
-        macs, moved = macs_and_bytes(events[0])
+    for calls in nodes.values():
+        row = kinds.setdefault(kind_of(calls[0]), {"count": 0, "ms": 0.0, "least_ms": 0.0, "macs": 0})
+        macs, moved = macs_and_bytes(calls[0])
         row["count"] += 1
-        row["ms"] += statistics.median(e["dur"] for e in events[5:]) / 1e3
+        row["ms"] += statistics.median(e["dur"] for e in calls[WARM_UP:]) / 1e3
         row["least_ms"] += max(macs / rate["macs_per_ns"], moved / rate["bytes_per_ns"]) / 1e6
         row["macs"] += macs
     return sorted(({"kind": kind, **row} for kind, row in kinds.items()), key=lambda row: -row["ms"])
@@ -129,21 +145,19 @@ class Given(RankRule):
         return {name: Choice(*self.chosen[name]) if name in self.chosen else Choice(reason="as before") for name in layers}
 
 
-def photographs(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
-    """ResNets at 224 x 224 as files, as `make bench-latency` decomposed them."""
-    x, file = torch.randn(1, 3, 224, 224), folder / "network.onnx"
-    for name in ("resnet18", "resnet50"):
-        plans = json.loads((RESULT.parent / f"latency-{name}-224.json").read_text())["plans"]
-        dense = build(name, 1000).eval()
-        networks = {"dense": dense} | {
-            text: rp.decompose(dense, rp.make_plan(dense, x, rule=Given(chosen))) for text, chosen in plans.items()
-        }
-        for text, network in networks.items():
-            rp.export_onnx(network, x, file)
-            yield f"{name}, {text}", file, x
+def photographs(folder: Path, name: str) -> Forms:
+    """A ResNet at 224 x 224, as `make bench-latency` decomposed it."""
+    x, forms = torch.randn(1, 3, 224, 224), {}
+    plans = json.loads((RESULT.parent / f"latency-{name}-224.json").read_text())["plans"]
+    dense = build(name, 1000).eval()
+    for text, chosen in {"dense": {}, **plans}.items():
+        file = folder / f"{name}-{len(forms)}.onnx"
+        rp.export_onnx(rp.decompose(dense, rp.make_plan(dense, x, rule=Given(chosen))), x, file)
+        forms[f"{name}, {text}"] = file, x
+    return forms
 
 
-def small_images(folder: Path, experiment: Path) -> Iterator[tuple[str, Path, Tensor]]:
+def small_images(folder: Path, experiment: Path) -> Forms:
     """The trained ResNet-20, dense and decomposed, in float32 and int8."""
     folders, e = Folders.from_environment(), Experiment.read(experiment)
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -151,30 +165,40 @@ def small_images(folder: Path, experiment: Path) -> Iterator[tuple[str, Path, Te
     calibration = [images for images, _ in eval_batches(training, BATCH, normalize)]
     dense, small = build(e.model, 10), rp.load(folders.runs / e.name / "artefact", build(e.model, 10))
     load_weights(dense, e.reference or e.start or "", folders.models, folders.runs)
+    forms = {}
     for text, network in {"dense": dense.eval(), "decomposed": small.eval()}.items():
         file, quantised = folder / f"{text}.onnx", folder / f"{text}-int8.onnx"
         rp.export_onnx(network, calibration[0], file)
         quantize_onnx(file, quantised, calibration)
-        yield f"{e.model}, {text}, float32", file, calibration[0]
-        yield f"{e.model}, {text}, int8", quantised, calibration[0]
+        forms[f"{e.model}, {text}, float32"] = file, calibration[0]
+        forms[f"{e.model}, {text}, int8"] = quantised, calibration[0]
+    return forms
 
 
 def main() -> None:
     """Measure, print, and write the result."""
-    rows = []
+    rows, experiment = [], Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for network, file, x in chain(photographs(folder), small_images(folder, Path(sys.argv[1]))):
-            rate = rates()
-            kinds = breakdown(file, x, rate)
-            total = {key: sum(kind[key] for kind in kinds) for key in ("ms", "least_ms", "macs")}
-            rows.append({"network": network, **total, **rate, "kinds": kinds})
-            best = f"{2 * rate['macs_per_ns']:.0f} GFLOP/s, {rate['bytes_per_ns']:.1f} GB/s"
-            print(f"{network}: {total['ms']:.1f} ms, at least {total['least_ms']:.1f} at {best}")
-            for kind in kinds:
-                rate_of = f"{2 * kind['macs'] / kind['ms'] / 1e6:.0f} GFLOP/s" if kind["macs"] else ""
-                print(f"  {kind['kind']:28} {kind['count']:3} {kind['ms']:7.2f} ms {kind['least_ms']:7.2f} {rate_of}")
-    write({"benchmark": "roofline", "experiment": Path(sys.argv[1]).stem, "rows": rows, **provenance()}, RESULT)
+        makers = (
+            partial(photographs, name="resnet18"),
+            partial(photographs, name="resnet50"),
+            partial(small_images, experiment=experiment),
+        )
+        for maker in makers:
+            forms = maker(folder)
+            before, found, after = rates(), profiles(forms), rates()
+            rate = {key: max(before[key], after[key]) for key in before}
+            print(f"{2 * rate['macs_per_ns']:.0f} GFLOP/s, {rate['bytes_per_ns']:.1f} GB/s")
+            for network, events in found.items():
+                kinds = breakdown(events, rate)
+                total = {key: sum(kind[key] for kind in kinds) for key in ("ms", "least_ms", "macs")}
+                rows.append({"network": network, **total, **rate, "kinds": kinds})
+                print(f"{network}: {total['ms']:.1f} ms, at least {total['least_ms']:.1f}")
+                for kind in kinds:
+                    share = f"{kind['macs'] / kind['ms'] / 1e6 / rate['macs_per_ns']:.0%}" if kind["macs"] else ""
+                    print(f"  {kind['kind']:28} {kind['count']:3} {kind['ms']:7.2f} ms {kind['least_ms']:7.2f} {share}")
+    write({"benchmark": "roofline", "experiment": experiment.stem, "rows": rows, **provenance()}, RESULT)
 
 
 if __name__ == "__main__":
