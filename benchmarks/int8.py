@@ -30,6 +30,17 @@ from rankprune.timing import spread, time_together
 BATCH, CALIBRATION, ROUND_TO = 64, 512, 16
 
 
+NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+
+
+def trained(e: Experiment, folders: Folders) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """The dense and the decomposed network of a finished run, and batches of training images to calibrate on."""
+    images = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
+    dense, small = build(e.model, 10), rp.load(folders.runs / e.name / "artefact", build(e.model, 10))
+    load_weights(dense, e.reference or e.start or "", folders.models, folders.runs)
+    return dense, small, [batch for batch, _ in eval_batches(images, BATCH, NORMALIZE)]
+
+
 def accuracy(program: Callable[[Tensor], list[Tensor]], batches: list[tuple[Tensor, Tensor]]) -> float:
     """Top-1 in percent."""
     right = sum(int((program(images)[0].argmax(1) == labels).sum()) for images, labels in batches)
@@ -62,18 +73,13 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write the result."""
-    folders, e = Folders.from_environment(), Experiment.read(Path(sys.argv[1]))
-    runs = Path(sys.argv[2]) if len(sys.argv) > 2 else folders.runs
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH, normalize))[:-1]  # whole batches
-    training = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
-    calibration = [images for images, _ in eval_batches(training, BATCH, normalize)]
-    dense, small = build(e.model, 10), rp.load(runs / e.name / "artefact", build(e.model, 10))
-    load_weights(dense, e.reference or e.start or "", folders.models, runs)
-    trained = []
+    e, folders = Experiment.read(Path(sys.argv[1])), Folders.from_environment(*sys.argv[2:3])
+    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH, NORMALIZE))[:-1]  # whole batches
+    dense, small, calibration = trained(e, folders)
+    found = []
     for row, program in rows(dense, small, calibration):
-        trained.append({**row, "top1": accuracy(program, test)})
-        show(trained[-1])
+        found.append({**row, "top1": accuracy(program, test)})
+        show(found[-1])
     torch.manual_seed(0)
     x = torch.zeros(1, 3, 32, 32)
     costs = {"macs_dense": rp.count(dense, x).macs, "macs": rp.count(small, x).macs}
@@ -83,7 +89,7 @@ def main() -> None:
     for row in untrained:
         show(row)
     images = {"test_images": len(test) * BATCH, "calibration_images": CALIBRATION, "batch": BATCH}
-    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": trained, **costs}
+    result = {"benchmark": "int8", "experiment": e.name, **images, "rows": found, **costs}
     of_wide = {"rule": e.trp.rule, "round_to": ROUND_TO, "macs_dense": plan.macs_dense, "macs": plan.macs, "rows": untrained}
     result |= {"resnet18_224": of_wide, **provenance()}
     write(result, Path(__file__).parent / "results" / "int8.json")

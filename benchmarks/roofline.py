@@ -22,19 +22,18 @@ from typing import Any
 
 import onnxruntime
 import torch
+from int8 import trained
 from torch import Tensor
 
 import rankprune as rp
-from rankprune.backends.onnxruntime import quantize_onnx
+from rankprune.backends.onnxruntime import quantize_onnx, session_options
 from rankprune.ranks import Candidate, Choice, Cost, RankRule
-from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
-from rankprune.recipes.networks import build, load_weights
+from rankprune.recipes.networks import build
 from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
-BATCH, CALIBRATION, WARM_UP, CALLS = 64, 512, 5, 30
+WARM_UP, CALLS = 5, 30
 
 
 def rates() -> dict[str, float]:
@@ -68,12 +67,9 @@ def profiles(forms: Forms) -> dict[str, list[dict[str, Any]]]:
     """The events of CALLS runs of each file, in turn, after a warm-up: a change of the machine's speed hits all alike."""
     sessions = {}
     for number, (name, (file, _)) in enumerate(forms.items()):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options = session_options()
         options.enable_profiling = True
         options.profile_file_prefix = str(file.with_name(f"profile-{number}"))
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions would be in the way
         sessions[name] = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     for _ in range(WARM_UP + CALLS):
         for name, session in sessions.items():
@@ -159,13 +155,8 @@ def photographs(folder: Path, name: str) -> Forms:
 
 def small_images(folder: Path, experiment: Path) -> Forms:
     """The trained ResNet-20, dense and decomposed, in float32 and int8."""
-    folders, e = Folders.from_environment(), Experiment.read(experiment)
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    training = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
-    calibration = [images for images, _ in eval_batches(training, BATCH, normalize)]
-    dense, small = build(e.model, 10), rp.load(folders.runs / e.name / "artefact", build(e.model, 10))
-    load_weights(dense, e.reference or e.start or "", folders.models, folders.runs)
-    forms = {}
+    e, forms = Experiment.read(experiment), {}
+    dense, small, calibration = trained(e, Folders.from_environment())
     for text, network in {"dense": dense.eval(), "decomposed": small.eval()}.items():
         file, quantised = folder / f"{text}.onnx", folder / f"{text}-int8.onnx"
         rp.export_onnx(network, calibration[0], file)

@@ -100,14 +100,21 @@ def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(model.parameters(), model.buffers()))
 
 
-def _program(source: str | bytes) -> Program:
+def session_options() -> Any:
+    """How sessions run: on torch's threads, without messages."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions would be in the way
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return options
+
+
+def _program(source: str | bytes) -> Program:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(source, session_options(), providers=["CPUExecutionProvider"])
     names = [slot.name for slot in session.get_inputs()]
 
     def program(x: Inputs) -> list[Tensor]:
