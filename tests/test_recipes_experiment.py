@@ -184,6 +184,19 @@ def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_of_a_reference_run_elsewhere_the_result_is_enough(folders: Folders, tmp_path: Path) -> None:
+    e = replace(TINY, name="row", trp=TrpConfig(every=2), reference="run:dense")
+    with pytest.raises(rp.RankPruneError, match="run that experiment first"):
+        run(e, folders)
+    folders = replace(folders, results=tmp_path / "results")
+    dense = run(replace(TINY, name="dense", method="dense"), replace(folders, runs=tmp_path / "elsewhere"))
+    path = write(dense | {"test_images": 29}, tmp_path / "results" / "dense.json")
+    with pytest.raises(rp.RankPruneError, match="run that experiment first"):  # of other images
+        run(e, folders)
+    write(dense, path)
+    assert run(e, folders)["top1_dense"] == dense["top1_dense"]
+
+
 def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
     path, weights = tmp_path / "tiny.json", tmp_path / "tiny" / "dense.safetensors"
     weights.parent.mkdir()

@@ -90,7 +90,7 @@ def bench_run(
     if not again and runner.finished(experiment, path := results / f"{experiment.name}.json", runs):
         say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
-    _run(experiment, experiments.Folders.from_environment(runs), results, experiment.name)
+    _run(experiment, experiments.Folders.from_environment(runs, results), results, experiment.name)
 
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:

@@ -47,9 +47,9 @@ class Experiment:
     those that the packages have, "run:NAME" for the dense weights that experiment ended with, or nothing for a fresh network.
     `teacher` is where those of the network to distil from come from, likewise; it is of the same architecture, and nothing
     stands for the network the experiment starts from. `reference` is where those of the dense network to compare with come
-    from, usually one trained as long. `holdout` images of the training split are kept out of it and take the place of the test
-    split, for making choices. With `photographs` images are of any size and cropped at random; without, they are small ones of
-    one size, all in memory.
+    from, usually one trained as long; of a run on another machine its result is enough. `holdout` images of the training split
+    are kept out of it and take the place of the test split, for making choices. With `photographs` images are of any size and
+    cropped at random; without, they are small ones of one size, all in memory.
     """
 
     name: str
@@ -146,15 +146,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things are: data sets (one folder each), pretrained models, and runs (checkpoints and artefacts)."""
+    """Where things are: data sets (one folder each), pretrained models, runs (checkpoints and artefacts), results (JSON)."""
 
     data: Path
     models: Path
     runs: Path
+    results: Path | None = None
 
     @classmethod
-    def from_environment(cls, runs: str | Path = "runs") -> "Folders":
+    def from_environment(cls, runs: str | Path = "runs", results: Path | None = None) -> "Folders":
         """`RANKPRUNE_DATA` (default ``data``); pretrained models in its ``models`` folder or beside it."""
         data = Path(os.environ.get("RANKPRUNE_DATA", "data"))
         models = data / "models"
-        return cls(data, models if models.is_dir() else data.parent / "models", Path(runs))
+        return cls(data, models if models.is_dir() else data.parent / "models", Path(runs), results)
