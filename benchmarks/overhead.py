@@ -6,7 +6,6 @@ of recipe time / bare time. The bare loop draws the same batches and does the sa
     RANKPRUNE_DATA=... python benchmarks/overhead.py
 """
 
-import datetime
 import json
 import statistics
 import time
@@ -18,13 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import rankprune as rp
-from rankprune.cost import cpu_name
 from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.experiment import Folders
 from rankprune.recipes.images import load_images
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
-from rankprune.recipes.runner import commit
+from rankprune.recipes.runner import provenance, write
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
 
@@ -90,14 +88,9 @@ def main() -> None:
         "rounds": len(ratios),
         "config": {"model": "resnet20", "batch": 128, "every": EVERY, "scheme": "spatial", "rule": repr(rule), "compile": True},
         "seed": 0,
-        "commit": commit(),
-        "versions": {"torch": torch.__version__, "rankprune": rp.__version__},
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        **provenance(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, RESULT)
     print(json.dumps(result, indent=1))
 
 

@@ -32,7 +32,7 @@ def example(name: str, method: str, scheme: str | None = None, **more: Any) -> d
         "test_split": "test",
         "seed": 0,
     }
-    config = {"start": "weights.th", "training": {"epochs": 3, "seed": 0}, "trp": {"rule": "Budget(macs=0.5)"}}
+    config = {"start": "weights.th", "training": {"epochs": 3, "seed": 0}, "trp": {"rule": "Energy(keep=0.98)"}}
     log = [{"epoch": i, "loss": 1.0 / (i + 1), "seconds": 1.0, "ranks": {}} for i in range(3)]
     return {**run, "epochs": 3, "log": log, "config": config, **told, "macs_dense": 1000, "params_dense": 100, **more}
 
@@ -42,8 +42,7 @@ def decomposed(name: str, method: str, scheme: str, top1: float, seed: int = 0) 
     model = network()
     before, x = network(), torch.zeros(1, 3, 8, 8)
     plan = rp.make_plan(model, x, scheme=scheme, rule=rp.Budget(macs=0.5))  # type: ignore[arg-type]
-    if method == "trp":
-        rp.project(model, plan)
+    rp.project(model, plan)
     run = example(name, method, scheme, seed=seed, top1_dense=90.0, top1_before_decomposition=top1, top1=top1)
     run["log"] = [] if method == "decompose" else run["log"]
     for entry, more in zip(run["log"], (None, 2, 0), strict=False):  # none, then falling to those of the plan

@@ -168,7 +168,7 @@ def test_metrics_are_logged_where_optimizers_step_at_different_rates(tmp_path: P
     (file,) = tmp_path.rglob("metrics.csv")
     rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["own"]]
     assert len(rows) == toy.BATCHES * toy.EPOCHS // 5
-    assert [row["rankprune/rank/2"] for row in rows] == [str(float(trp.trp.history[i][1]["2"])) for i in (0, 1, 2, 4)]
+    assert [row["features/rankprune/rank/2"] for row in rows] == [str(float(trp.trp.history[i][1]["2"])) for i in (0, 1, 2, 4)]
 
 
 def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:
@@ -242,20 +242,41 @@ def test_the_example_is_the_modules_own_unless_given() -> None:
     assert trp.trp.plan.macs <= 0.5 * trp.trp.plan.macs_dense
 
 
-def test_one_part_of_the_module_and_the_second_of_its_optimizers() -> None:
-    class Two(TwoOptimizers):
-        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-            loss = self(**batch)["loss"]
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
+class BothStep(TwoOptimizers):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.manual_backward(self(**batch)["loss"])
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
 
-    trp, module = callback(submodule="head", optimizer=1, example_inputs=torch.zeros(1, 576), ramp=10), Two()
+
+def of_the_head(**more: Any) -> TRPCallback:
+    return callback(submodule="head", optimizer=1, example_inputs=torch.zeros(1, 576), **more)
+
+
+def test_one_part_of_the_module_and_the_second_of_its_optimizers() -> None:
+    trp, module = of_the_head(ramp=10), BothStep()
     trainer(trp).fit(module, loader())
     assert trp.trp.model is module.head
     assert [step for step, _ in trp.trp.history] == [4, 8, 12, 16, 20]
     assert trp.trp.plan.ranks.keys() == {"0"}
+
+
+def test_two_parts_have_a_callback_each(tmp_path: Path) -> None:
+    def fit(epochs: int, **more: Any) -> tuple[TRPCallback, TRPCallback, pl.Trainer, pl.LightningModule]:
+        features, head = callback(submodule="features", include=["*"], ramp=8, freeze=8), of_the_head(ramp=8, freeze=8)
+        runner, module = trainer(features, head, max_epochs=epochs, logger=CSVLogger(tmp_path)), BothStep()
+        runner.fit(module, loader(), **more)
+        return features, head, runner, module
+
+    *whole, _, module = fit(toy.EPOCHS)
+    fit(1)[2].save_checkpoint(tmp_path / "half.ckpt")
+    *resumed, runner, other = fit(toy.EPOCHS, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    toy.same_weights(other, module)
+    for trp, uninterrupted in zip(resumed, whole, strict=True):
+        assert trp.trp.history == uninterrupted.trp.history
+        assert trp.trp.history[-1][0] == 20
+    assert {"features/rankprune/macs", "head/rankprune/macs"} <= runner.logged_metrics.keys()
 
 
 def test_a_share_of_an_endless_training() -> None:

@@ -13,7 +13,14 @@ import rankprune as rp
 from rankprune.recipes.batches import Normalize
 from rankprune.recipes.data import load_data
 from rankprune.recipes.experiment import Experiment
-from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig, central_box, centre_batches, random_box
+from rankprune.recipes.photograph_batches import (
+    PhotographBatches,
+    PhotographConfig,
+    _Kept,
+    central_box,
+    centre_batches,
+    random_box,
+)
 from rankprune.recipes.photographs import Photographs, load_photographs
 from rankprune.recipes.processes import Processes
 
@@ -121,6 +128,23 @@ def test_decoded_pictures_are_kept_where_they_fit(photographs: Photographs, tmp_
     assert torch.equal(next(iter(kept.epoch(0)))[0], before[0])
     with pytest.raises(OSError, match="png"):
         list(few.epoch(0))
+
+
+def test_large_and_small_pictures_share_the_space(tmp_path: Path) -> None:
+    sizes = [100, *[10] * 7]
+    for i, size in enumerate(sizes):
+        path = tmp_path / "train" / "a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size)).save(path)
+    data = load_photographs(tmp_path, "train")
+    kept = _Kept(4 * (100**2 + 5 * 10**2) / 1e9)
+    for i in range(8):
+        kept.picture(data, i)
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    assert [kept.picture(data, i).size[0] for i in range(6)] == sizes[:6]
+    with pytest.raises(OSError, match="png"):
+        kept.picture(data, 6)
 
 
 def test_subsets_and_holdouts(photographs: Photographs) -> None:

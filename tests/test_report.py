@@ -129,6 +129,12 @@ def test_rows_differ_by_what_they_had_help_from():
     assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
 
 
+def test_trp_by_a_budget_is_told_from_trp_by_a_threshold():
+    runs = [decomposed(name, "trp", "spatial", 80.0) for name in ("a", "b")]
+    runs[0]["config"]["trp"]["rule"] = "Budget(macs=0.5)"
+    assert [row[1] for row in overview(runs).rows] == ["trp by budget", "trp"]
+
+
 def test_pictures_of_results(tmp_path):
     spectra = {"before": {"a": [1.0, 0.5]}, "after": {"a": [1.0, 0.0]}}
     log = [{"epoch": 0, "ranks": {}}, {"epoch": 1, "ranks": {"a": 1}}]
@@ -267,7 +273,7 @@ def test_an_axis_holds_its_values_between_ticks(values):
 
 def test_a_logarithmic_axis_goes_by_powers_of_ten():
     axis = Axis(1e-4, 1, 100, 0, log=True)
-    assert [round(axis(t)) for t in axis.ticks()] == [100, 75, 50, 25, 0]
+    assert [round(axis(t)) for t in (1e-4, 1e-3, 1e-2, 1e-1, 1)] == [100, 75, 50, 25, 0]
     assert axis(0.0) == 100
 
 

@@ -126,6 +126,29 @@ def test_a_dense_run_alone() -> None:
     assert "Accuracy against ms, net on images" not in shown.of("h3")
 
 
+def test_the_truncation_of_what_was_not_trained_is_called_so() -> None:
+    for run, said in (
+        (decomposed("a", "trp", "spatial", 80.0), "before training (grey) and after it (blue)"),
+        (decomposed("b", "decompose", "spatial", 80.0), "before truncation (grey) and after it (blue)"),
+        (decomposed("c", "decompose+finetune", "spatial", 80.0), "before truncation (grey) and after it (blue)"),
+    ):
+        assert any(said in text for text in Reader(page([run])).of("p"))
+
+
+def test_runs_from_scratch_have_pictures_and_dense_marks_of_their_own() -> None:
+    runs = [decomposed(name, "trp", "spatial", 80.0) for name in ("a", "b", "c")]
+    for run, reference, top1 in zip(runs, ("run:short", "run:short", "run:long"), (90.0, 90.0, 92.0), strict=True):
+        run["config"]["reference"], run["top1_dense"] = reference, top1
+    runs[2]["config"]["start"] = None
+    read = Reader(page(runs))
+    assert [text for text in read.of("h3") if text.startswith("Accuracy against ms")] == [
+        "Accuracy against ms, net on images",
+        "Accuracy against ms, net on images, from scratch",
+    ]
+    marks = [text for text in read.of("title") if text.startswith(("short", "long"))]
+    assert marks == ["short: 90.00 %"] * 2 + ["long: 92.00 %"] * 2  # in each picture once
+
+
 def test_the_same_results_make_the_same_page() -> None:
     assert page(every_kind_of_run()) == page(every_kind_of_run()[::-1])
 

@@ -12,7 +12,8 @@ from rankprune.cost import Inputs, call, undisturbed
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.layers import unwrap
 
-_BY_SUFFIX = {backend.suffix: backend for backend in BACKENDS.values() if isinstance(backend, FileBackend)}
+FILE_BACKENDS = {backend.suffix: backend for backend in BACKENDS.values() if isinstance(backend, FileBackend)}
+"""The backends that run files, by what the files' names end in."""
 
 
 def export(
@@ -37,9 +38,9 @@ def export(
         ExportError: if the model cannot be exported, or the file computes something else; then no file is written.
     """
     path = Path(path)
-    if path.suffix not in _BY_SUFFIX:
-        raise RankPruneError(f"cannot tell a runtime from {path.name!r}; end it in one of {', '.join(_BY_SUFFIX)}")
-    return _export(_BY_SUFFIX[path.suffix], model, x, path, dynamic_batch, tolerance)
+    if path.suffix not in FILE_BACKENDS:
+        raise RankPruneError(f"cannot tell a runtime from {path.name!r}; end it in one of {', '.join(FILE_BACKENDS)}")
+    return _export(FILE_BACKENDS[path.suffix], model, x, path, dynamic_batch, tolerance)
 
 
 def export_onnx(model: nn.Module, x: Inputs, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = 1e-4) -> float:

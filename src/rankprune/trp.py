@@ -41,8 +41,9 @@ class TRP:
         scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"``.
         rule: decides the ranks at every projection, like ``Energy(keep=0.98)`` or ``Budget(macs=0.4)``.
         every: optimizer steps from one projection to the next, m in the paper.
-        nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added to the gradient of every considered layer
-            right before a step. Like weight decay in SGD it comes after clipping and is scaled by the learning rate.
+        nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added right before a step to the gradient of
+            every layer that may be decomposed. Like weight decay in SGD it comes after clipping and is scaled by the learning
+            rate.
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards

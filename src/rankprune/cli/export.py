@@ -8,7 +8,11 @@ import typer
 from rankprune.cli.console import say
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
 from rankprune.cli.target import build_model, example_input
+from rankprune.export import FILE_BACKENDS
 from rankprune.export import export as export_model
+
+_FILES = ", ".join(f"{suffix} ({backend.name})" for suffix, backend in FILE_BACKENDS.items())
+_CLOSED = ", ".join(suffix for suffix, backend in FILE_BACKENDS.items() if not backend.opens_batch)
 
 
 def export(
@@ -16,12 +20,12 @@ def export(
     input: InputShape,
     out: Annotated[
         Path,
-        typer.Option(help="The file to write: .onnx, .xml (OpenVINO), .pt2 (AOTInductor) or .pte (ExecuTorch with XNNPACK)."),
+        typer.Option(help=f"The file to write, of one of these kinds: {_FILES}."),
     ],
     checkpoint: Checkpoint = None,
     artefact: Artefact = None,
     dynamic_batch: Annotated[
-        bool | None, typer.Option(help="Leave the batch size open, or not.", show_default="open, but for .pte")
+        bool | None, typer.Option(help="Leave the batch size open, or not.", show_default=f"open, but for {_CLOSED}")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest difference from PyTorch that passes, in parts of the largest output.")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rankprune.cli.console import TrainingBars, say, show_table
-from rankprune.cli.options import Rule, SchemeName
+from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes import runner
 from rankprune.recipes.networks import IMAGENET
@@ -17,6 +17,7 @@ from rankprune.recipes.schedule import TrainConfig
 
 
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="resnet20, 32, 44, 56 or 110; for photographs resnet18 or 50.")] = "resnet20",
     data: Annotated[
         str | None,
@@ -25,7 +26,7 @@ def train(
     start: Annotated[
         str | None, typer.Option(help="Pretrained weights to go on from: a file, torchvision:NAME or timm:NAME.")
     ] = None,
-    method: Annotated[str, typer.Option(help="trp, trp+nu, dense or decompose.")] = "trp",
+    method: Annotated[str, typer.Option(help="dense, trp, trp+nu, decompose or decompose+finetune.")] = "trp",
     scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=1/2.2)",
     every: Annotated[int, typer.Option(help="Optimizer steps between projections.")] = 20,
@@ -50,6 +51,12 @@ def train(
     ] = Path("runs/train"),
 ) -> None:
     """Train a ResNet with TRP, decompose it, and evaluate the decomposed model."""
+    if model not in IMAGENET:
+        refuse(context, "size", "workers", because=f"{model} is for small images, which are taken whole")
+    if method == "dense":
+        refuse(context, "scheme", "rule", "every", "nuclear", "ramp", "freeze", because="--method dense decomposes nothing")
+    elif method.startswith("decompose"):
+        refuse(context, "every", "nuclear", "ramp", "freeze", because=f"--method {method} trains without TRP")
     sources = (data,) if data is not None and data.startswith(HUB) else ()
     experiment = experiments.Experiment(
         name=out.name,

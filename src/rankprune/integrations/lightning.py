@@ -18,10 +18,12 @@ class TRPCallback(OwnsTRP, Callback):
 
     Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5)`` among the Trainer's `callbacks`; after the fit
     ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
-    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped.
+    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. Several
+    parts of a module, with an optimizer each, take a callback each.
 
     Args:
-        submodule: the name of the part to train with TRP, which example_inputs are then for; "" is the whole module.
+        submodule: the name of the part to train with TRP, which example_inputs are then for, and which metrics are named
+            after; "" is the whole module.
         optimizer: the index of the one that holds the weights, where there are several.
         settings: those of TRP; a float as ramp or freeze is a share of the whole training, and example_inputs are by default
             the module's `example_input_array`.
@@ -72,7 +74,8 @@ class TRPCallback(OwnsTRP, Callback):
     ) -> None:
         """Log, where Lightning does."""
         if self.trp is not None and trainer._logger_connector.should_update_logs:  # log_dict takes 1 ms for each of the metrics
-            pl_module.log_dict(self.trp.metrics())
+            prefix = f"{self.submodule}/" if self.submodule else ""
+            pl_module.log_dict({f"{prefix}{name}": value for name, value in self.trp.metrics().items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
@@ -81,6 +84,11 @@ class TRPCallback(OwnsTRP, Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach."""
         self.stop()
+
+    @property
+    def state_key(self) -> str:
+        """Where its state is in checkpoints: another place for each submodule and optimizer."""
+        return self._generate_state_key(submodule=self.submodule, optimizer=self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning's checkpoints keep."""

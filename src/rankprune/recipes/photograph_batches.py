@@ -72,14 +72,33 @@ class Crops:
     draws: list[list[float]] | None
 
 
+class _Kept:
+    """Decoded pictures, as many as fit into so many gigabytes."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self._pictures: dict[int, Image] = {}
+        self._left = gigabytes * 1e9
+
+    def picture(self, data: Photographs, i: int) -> "Image":
+        """Picture `i`, decoded now or before."""
+        picture = self._pictures.get(i)
+        if picture is None:
+            picture = data.picture(i)
+            size = 4 * picture.width * picture.height
+            if size <= self._left:
+                self._pictures[i] = picture
+                self._left -= size
+        return picture
+
+
 class _Batches(Dataset):
     """Makes a batch of crops, here or in a worker: images (b, size, size, 3) uint8 and labels (b,)."""
 
-    def __init__(self, data: Photographs, config: PhotographConfig, size: int, kept: "dict[int, Image] | None") -> None:
+    def __init__(self, data: Photographs, config: PhotographConfig, size: int, kept: _Kept | None) -> None:
         self.data, self.config, self.size, self.kept = data, config, size, kept
 
     def __getitem__(self, crops: Crops) -> tuple[Tensor, Tensor]:
-        pictures = [self._picture(i) for i in crops.index]
+        pictures = [self.data.picture(i) if self.kept is None else self.kept.picture(self.data, i) for i in crops.index]
         if crops.draws is None:
             boxes = [central_box(*p.size, self.config.test_size / self.config.test_resize) for p in pictures]
         else:
@@ -90,16 +109,6 @@ class _Batches(Dataset):
             flips = torch.tensor([draw[4] < 0.5 for draw in crops.draws])
             images[flips] = images[flips].flip(2)
         return images, self.data.labels[crops.index]
-
-    def _picture(self, i: int) -> "Image":
-        if self.kept is None:
-            return self.data.picture(i)
-        picture = self.kept.get(i)
-        if picture is None:
-            picture = self.data.picture(i)
-            if (len(self.kept) + 1) * picture.width * picture.height * 4 <= self.config.keep_gb * 1e9:
-                self.kept[i] = picture
-        return picture
 
 
 def random_box(width: int, height: int, area: float, draw: list[float]) -> Box:
@@ -129,7 +138,7 @@ class PhotographBatches(Batches):
     def __init__(self, data: Photographs, batch: int, config: PhotographConfig, epochs: int, **options: Any) -> None:
         super().__init__(data.labels, batch, **options)
         self.data, self.config, self.epochs = data, config, epochs
-        self._kept: dict[int, Image] | None = None if config.workers else {}
+        self._kept = None if config.workers else _Kept(config.keep_gb)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Axis:
     """Maps low..high onto the pixels start..end, linearly or in powers of ten; what lies outside goes to the nearer end.
 
-    Ticks are `step` apart, or at round distances.
+    Ticks, of a linear one, are `step` apart, or at round distances.
     """
 
     low: float
@@ -26,9 +26,7 @@ class Axis:
         return self.start + (self.end - self.start) * min(max(share, 0.0), 1.0)
 
     def ticks(self) -> list[float]:
-        """Round values within, about five of them; on a logarithmic axis the powers of ten."""
-        if self.log:
-            return [10.0**i for i in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
+        """Round values within, about five of them."""
         step = self.step or _round_step((self.high - self.low) / 5)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]

@@ -14,6 +14,9 @@ from rankprune.report.pictures import Point
 from rankprune.report.results import (
     Result,
     accuracy,
+    between_spectra,
+    compared,
+    dense_networks,
     full_ranks,
     in_order,
     is_timed,
@@ -23,7 +26,6 @@ from rankprune.report.results import (
     method,
     plan_of,
     seeds_together,
-    task,
 )
 from rankprune.report.tables import Table
 from rankprune.version import VERSION
@@ -67,25 +69,23 @@ def _head(title: str) -> Element:
 
 
 def _side_by_side(results: Sequence[Result]) -> Element:
-    colours = {
-        name: 1 + i % (COLOURS - 1)
-        for i, name in enumerate(dict.fromkeys(method(r) for r in results if r["method"] != "dense"))
-    }
     overview = tables.overview(results)
     if len({r["model"] for r in results}) == 1:  # the page's title names it, and a phone is narrow
         overview = replace(
             overview, columns=overview.columns[1:], rows=[row[1:] for row in overview.rows], words=overview.words - 1
         )
     parts = [_scrolled(overview)]
-    for key in dict.fromkeys((r["model"], task(r)) for r in results):
-        parts += _accuracy([r for r in results if (r["model"], task(r)) == key], colours)
+    for together in dict.fromkeys(map(compared, results)):
+        parts += _accuracy(together, [r for r in results if compared(r) == together])
     if len(results) > 1:
         for table in tables.ranks_together(results):
             parts.append(_titled(table))
     return element("section", element("h2", "Results"), parts, aria_label="results")
 
 
-def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Element]:
+def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
+    methods = dict.fromkeys(method(r) for r in results if r["method"] != "dense")
+    colours = {name: 1 + i % (COLOURS - 1) for i, name in enumerate(methods)}
     by_macs: list[Point] = []
     by_ms: list[Point] = []
     legend: dict[str, tuple[int, str]] = {}
@@ -102,21 +102,22 @@ def _accuracy(results: Sequence[Result], colours: dict[str, int]) -> list[Elemen
         if is_timed(r):
             share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} ms"
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
-    references = [r["top1_dense"] for r in results if "top1_dense" in r]
-    if references and all(r["method"] != "dense" for r in results):
-        top = sum(references) / len(references)
-        by_macs.append(Point(100, top, min(references), max(references), 0, "bar", f"dense: {top:.2f} %"))
-        legend["dense"] = 0, "bar"
-    if by_ms and references:
-        top = sum(references) / len(references)
-        by_ms.append(Point(100, top, min(references), max(references), 0, "bar", f"dense: {top:.2f} %"))
-    of, title = f"{results[0]['model']} on {task(results[0])}", "top-1 accuracy, %"
+    there = {r["name"] for r in results if r["method"] == "dense"}
+    for name, tops in dense_networks(results).items():
+        top = sum(tops) / len(tops)
+        mark = Point(100, top, min(tops), max(tops), 0, "bar", f"{name}: {top:.2f} %")
+        if name not in there:
+            by_macs.append(mark)
+            legend["dense"] = 0, "bar"
+        if by_ms:
+            by_ms.append(mark)
+    axis = "top-1 accuracy, %"
     said = f"Accuracy against MACs of {len(by_macs)} networks"
-    picture = pictures.scatter(by_macs, "MACs left, % of dense", title, said, 100, whole=(0, 100))
-    cards = [_card(f"Accuracy against MACs, {of}", picture)]
+    picture = pictures.scatter(by_macs, "MACs left, % of dense", axis, said, 100, whole=(0, 100))
+    cards = [_card(f"Accuracy against MACs, {title}", picture)]
     if by_ms:
-        picture = pictures.scatter(by_ms, "ms left, % of dense", title, f"Accuracy against ms of {len(by_ms)} networks", 100)
-        cards.append(_card(f"Accuracy against ms, {of}", picture))
+        picture = pictures.scatter(by_ms, "ms left, % of dense", axis, f"Accuracy against ms of {len(by_ms)} networks", 100)
+        cards.append(_card(f"Accuracy against ms, {title}", picture))
     entries = [element("li", pictures.swatch(*look), name) for name, look in legend.items()]
     note = "Milliseconds are against the dense network measured in turn, for a machine's speed changes from run to run."
     return [
@@ -226,15 +227,14 @@ def _spectra(r: Result) -> list[Element]:
     if not table.rows:
         return []
     before, after = r["spectra"]["before"], r["spectra"]["after"]
-    trained = before != after
     small = []
     for name, values in after.items():
         rank = r["ranks"].get(name)
         said = f"Singular values of {name}, rank {rank} of {len(values)}"
-        picture = pictures.spectrum(before.get(name, ()) if trained else (), values, rank, said)
+        picture = pictures.spectrum(before.get(name, ()), values, rank, said)
         caption = element("figcaption", element("span", name, class_="name"), f" {rank}/{len(values)}" if rank else " dense")
         small.append(element("figure", picture, caption))
-    pair = "before training (grey) and after it (blue)" if trained else "before decomposition (blue)"
+    pair = f"before {between_spectra(r)} (grey) and after it (blue)"
     note = f"Singular values over the layer's largest, {pair}, by index. The dashed line is the rank."
     return [
         element("h3", table.title),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, accuracy, label, macs, mean_of, seeds_together, task
+from rankprune.report.results import Result, accuracy, compared, label, macs, mean_of, seeds_together
 from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     """
     panels: dict[str, list[list[Result]]] = defaultdict(list)
     for group in seeds_together(results):
-        panels[f"{group[0]['model']} on {task(group[0])}"].append(group)
+        panels[compared(group[0])].append(group)
     figure = _figure((5.5 * len(panels), 4.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):

@@ -91,13 +91,19 @@ def mean_of(group: Sequence[Result]) -> Result:
 def _chosen(value: Any) -> Any:
     """A table of settings without the seed and those that are off; where weights come from without the seed of that run."""
     if isinstance(value, str):
-        return re.sub(r"-seed\d+$", "", value)
+        return _without_seed(value)
     return {k: v for k, v in value.items() if v and k != "seed"} if isinstance(value, dict) else value
 
 
+def _without_seed(name: str) -> str:
+    return re.sub(r"-seed\d+$", "", name)
+
+
 def label(r: Result) -> str:
-    """What to call the method of a result: its name, its scheme, and what it had help from."""
+    """What to call the method of a result: its name, its scheme, and what it does otherwise than others of that name."""
     words = [r["method"], r["scheme"] or ""]
+    budgeted = str(r["config"].get("trp", {}).get("rule", "")).startswith("Budget")
+    words += ["by budget"] if r["method"].startswith("trp") and budgeted else []
     words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
     words += ["from scratch"] if from_scratch(r) else []
     return " ".join(word for word in words if word)
@@ -131,6 +137,26 @@ def is_timed(r: Result) -> bool:
 def accuracy(r: Result) -> float:
     """The top-1 accuracy in percent of the network that a result is about."""
     return r["top1_dense"] if r["method"] == "dense" else r["top1"]
+
+
+def compared(r: Result) -> str:
+    """What a result is drawn together with: those of the same network on the same images, from scratch or not."""
+    return f"{r['model']} on {task(r)}" + (", from scratch" if from_scratch(r) else "")
+
+
+def dense_networks(results: Sequence[Result]) -> dict[str, list[float]]:
+    """The top-1 accuracies of the dense networks that results compare with, one for each seed, by name."""
+    found: dict[str, dict[Any, float]] = defaultdict(dict)
+    for r in results:
+        if "top1_dense" in r:
+            name = r["name"] if r["method"] == "dense" else (r["config"].get("reference") or "dense").removeprefix("run:")
+            found[_without_seed(name)][r.get("seed")] = r["top1_dense"]
+    return {name: list(tops.values()) for name, tops in found.items()}
+
+
+def between_spectra(r: Result) -> str:
+    """What lies between the two spectra of a result: where it decomposed without training first, no training does."""
+    return "truncation" if r["method"].startswith("decompose") else "training"
 
 
 def plan_of(r: Result) -> Plan | None:

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankprune.plan import Plan
-from rankprune.report.results import Result, full_ranks, in_order, is_timed, mean_of, method, plan_of, seeds_together, task
+from rankprune.report.results import (
+    Result,
+    between_spectra,
+    full_ranks,
+    in_order,
+    is_timed,
+    mean_of,
+    method,
+    plan_of,
+    seeds_together,
+    task,
+)
 
 OLDER = "Not in this result, which another version of rankprune wrote."
 
@@ -194,7 +205,7 @@ def spectra(r: Result) -> Table:
         )
         for name, values in after.items()
     ]
-    note = "Singular values above 1 % of the layer's largest, before training and after it."
+    note = f"Singular values above 1 % of the layer's largest, before {between_spectra(r)} and after it."
     return Table(title, ("layer", "above 1 % before", "after", "rank", "full rank"), rows, note=note)
 
 
