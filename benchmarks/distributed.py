@@ -32,7 +32,7 @@ def later_macs(k: int, n: int, rank: int | None) -> float:
     """Matrix products of one layer in a projection after the first; rank None: considered, but left dense."""
     r = k if rank is None else rank
     subgradient = r * k * n
-    if rank is not None and worth_starting(k, rank):
+    if rank is not None and worth_starting(torch.empty(1, k, n), rank):
         extra = max(16, rank // 4)
         p = rank + extra
         iteration = 3 * p * k * n + extra * k * n + 2 * k * rank * extra  # two bases, one step, and the new directions

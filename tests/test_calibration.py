@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,36 @@ def test_ranks_follow_the_outputs_where_calibrated():
     plan = rp.make_plan(model, x, rule=rp.Energy(0.999), calibration=[x])
     assert plan.ranks == {"0": 3}
     assert rp.make_plan(model, x, rule=rp.Energy(0.999)).ranks == {}
+
+
+def test_one_tensor_or_dict_is_no_list_of_batches():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    plan = rp.make_plan(model, rule=rp.FixedRank(4))
+    for one in (torch.zeros(8, 16), {"input": torch.zeros(8, 16)}):
+        with pytest.raises(rp.RankPruneError, match="give a list of batches"):
+            rp.decompose(model, plan, calibration=one)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_a_compiled_model_is_calibrated_too():
+    torch.manual_seed(0)
+    model, inputs = Two().eval(), [torch.randn(64, 16) * torch.logspace(0, -3, 16)]
+    plan = rp.make_plan(model, rule=rp.FixedRank(4))
+    expected = rp.decompose(model, plan, calibration=inputs)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    with torch.no_grad():
+        compiled(inputs[0])
+    found = rp.decompose(compiled, plan, calibration=inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
 
 
 def test_the_model_is_left_as_it_was_and_no_inputs_are_an_error():

@@ -78,7 +78,7 @@ def test_saving_again_replaces(artefact: Path) -> None:
 def test_golden_names(artefact: Path) -> None:
     assert sorted(p.name for p in artefact.iterdir()) == ["model.safetensors", "rankprune.json"]
     head = json.loads((artefact / "rankprune.json").read_text())
-    assert head.keys() == {"format", "architecture", "geometry", "aliases", "plan"}
+    assert head.keys() == {"format", "architecture", "geometry", "aliases", "buffers", "plan"}
     assert (head["format"], head["architecture"]) == (1, "Net")
     assert head["aliases"] == {"head.weight": "table.weight"}
     assert head["plan"].keys() == {
@@ -105,6 +105,43 @@ def test_dtype_stays(tmp_path: Path, dtype: torch.dtype) -> None:
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert loaded.norm.num_batches_tracked.dtype == torch.int64
     assert torch.equal(loaded.eval()(TOKENS), small.eval()(TOKENS))
+
+
+class Positions(nn.Module):
+    """Adds a table that no state_dict holds, and keeps another one in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(32.0) / 32, persistent=False)
+        self.register_buffer("exact", torch.arange(32.0) / 32, persistent=False)
+        self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x + self.table))
+
+
+def test_buffers_that_are_not_saved_keep_their_dtypes_too(tmp_path: Path) -> None:
+    model = Positions().bfloat16()
+    model.exact = model.exact.float()
+    plan = rp.make_plan(model, rule=rp.FixedRank(4))
+    small = rp.decompose(model, plan)
+    rp.save(tmp_path, small, plan)
+    fresh, x = Positions(), torch.randn(2, 32).bfloat16()
+    loaded = rp.load(tmp_path, fresh)
+    assert (loaded.table.dtype, loaded.exact.dtype, fresh.table.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert torch.equal(loaded(x), small(x))
+    head = json.loads((tmp_path / "rankprune.json").read_text())
+    (tmp_path / "rankprune.json").write_text(json.dumps(head | {"buffers": {"table": "nn"}}))
+    with pytest.raises(rp.CheckpointError, match="its buffers are"):
+        rp.load(tmp_path, fresh)
+
+
+def test_a_sparse_buffer_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4))
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    plan = rp.make_plan(model, rule=rp.FixedRank(4))
+    with pytest.raises(rp.CheckpointError, match=r"'adjacency', a tensor of layout torch\.sparse_coo"):
+        rp.save(tmp_path, rp.decompose(model, plan), plan)
 
 
 def decomposed_all(model: nn.Module) -> tuple[nn.Module, rp.Plan]:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import rankprune as rp
@@ -265,3 +266,54 @@ def test_a_scale_for_each_channel_is_no_matrix() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Scale()), torch.zeros(1, 3, 8, 8)
     assert rp.count(model, x).uncounted == ()
     assert [layer.name for layer in rp.make_plan(model, x, rule=rp.FixedRank(1)).layers] == ["0", "1"]
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+def test_what_is_compiled_within_stays_compiled() -> None:
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("eager")
+    model = Body()
+    model.compile(backend=compiler)
+    rp.count(model, torch.zeros(2, 8))
+    model(torch.zeros(2, 8))
+    assert compiler.frame_count == 1
+
+
+def test_a_compiled_child_that_comes_first() -> None:
+    model = nn.Sequential(torch.compile(Body(), backend="eager"), nn.Linear(8, 4))
+    assert rp.count(model, torch.zeros(2, 8)).macs == 2 * (64 + 32)
+
+
+def test_spectral_norm_in_training_goes_on_as_if_it_had_not_been_counted() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)),
+        nn.utils.parametrizations.spectral_norm(nn.Embedding(4, 8)),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rp.count(model[0], torch.zeros(2, 32))
+    with pytest.raises(rp.RankPruneError, match="has no layer to decompose"):
+        rp.make_plan(model, rule=rp.FixedRank(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_sparse_buffers() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(8).to_sparse())
+            self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.sparse.mm(self.adjacency, self.body(x)))
+
+    model = Graph()
+    assert {row.name: row.macs for row in rp.count(model, torch.randn(8, 16)).layers} == {"body": 8 * 256, "head": 8 * 64}
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(8))

@@ -377,6 +377,12 @@ def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> 
     assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
+def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    with pytest.raises(rp.RankPruneError, match="fully_shard"):
+        rp.make_plan(kind(nn.Linear(8, 8), nn.Linear(8, 8)), rule=rp.FixedRank(2))
+
+
 def test_a_compiled_layer_inside_a_model_still_runs() -> None:
     model, x = Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), torch.randn(2, 16)
     model.odd = torch.compile(model.odd, backend="eager")

@@ -193,6 +193,34 @@ def test_a_failed_factorisation_is_tried_again_by_a_float64_svd(monkeypatch: pyt
         assert torch.allclose(linalg.project(stack, basis, 3), right, atol=1e-5)
 
 
+def test_a_large_layer_whose_start_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(1, 300, 500)
+    start = torch.linalg.qr(stack[0]).Q[None, :, :40].contiguous()
+    expected = torch.linalg.svdvals(stack.double())
+
+    def refusing(*args: object, **kwargs: object) -> None:
+        raise linalg.LinAlgError("no eigenvalues today")
+
+    monkeypatch.setattr(torch.linalg, "eigh", refusing)
+    for known in (start, None):
+        (basis,) = linalg.bases([stack], ["a"], [known])
+        assert torch.allclose(basis.values, expected)
+
+
+def test_many_large_layers_are_factored_in_batches_of_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stacks, sizes = [torch.randn(1, 8, 12) for _ in range(7)], []
+    whole = linalg.bases(stacks, ["a"] * 7)
+    factor = linalg._factor
+    monkeypatch.setattr(linalg, "_BATCH", 200)
+    monkeypatch.setattr(linalg, "_factor", lambda batch, labels: (sizes.append(batch.numel()), factor(batch, labels))[1])
+    parts = linalg.bases(stacks, ["a"] * 7)
+    assert len(sizes) > 1
+    assert max(sizes) <= 200 + 96
+    assert all(torch.allclose(a.values, b.values) for a, b in zip(parts, whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_that_no_svd_can_factor_is_named(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     good, bad, svd = torch.randn(2, 6, 10, dtype=dtype), torch.randn(1, 6, 10, dtype=dtype), torch.linalg.svd

@@ -26,8 +26,12 @@ def whitenings(
     channel and linear the covariance is exact.
 
     Raises:
-        RankPruneError: if there are no inputs.
+        RankPruneError: if there are no inputs, or they are one tensor or dict instead of several.
     """
+    if isinstance(inputs, Tensor | Mapping):
+        raise RankPruneError(
+            f"calibration= is one {type(inputs).__name__}: give a list of batches, each as the model is called with"
+        )
     sums: dict[tuple[str, str], Tensor] = {}
 
     def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -43,6 +47,7 @@ def whitenings(
     batches = 0
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts would not call the hooks
         for key, (module, scheme) in layers.items():
             stack.callback(module.register_forward_pre_hook(gather(key, scheme), with_kwargs=True).remove)
         for x in inputs:

@@ -3,6 +3,7 @@
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,15 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         raise CheckpointError(f"{str(folder)!r} is a file; give a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
     aliases = save_tensors(folder / _WEIGHTS, model)
-    head = {"format": FORMAT, "architecture": type(model).__name__, "geometry": _geometry(model), "aliases": aliases}
-    (folder / _HEAD).write_text(json.dumps({**head, "plan": json.loads(plan.to_json())}, indent=1))
+    head = {
+        "format": FORMAT,
+        "architecture": type(model).__name__,
+        "geometry": _geometry(model),
+        "aliases": aliases,
+        "buffers": _unsaved_buffers(model),
+        "plan": json.loads(plan.to_json()),
+    }
+    (folder / _HEAD).write_text(json.dumps(head, indent=1))
 
 
 def save_tensors(path: str | Path, model: nn.Module) -> dict[str, str]:
@@ -62,28 +70,32 @@ def save_tensors(path: str | Path, model: nn.Module) -> dict[str, str]:
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """The decomposed model in `folder`, built from a fresh dense `model` of the same architecture, which is untouched.
 
-    Tensors keep the dtype they were saved with and go to the device of `model`; an artefact saved on a GPU loads on a CPU.
+    Tensors keep the dtype they were saved with, as do buffers that are in no state_dict, and go to the device of `model`; an
+    artefact saved on a GPU loads on a CPU.
 
     Raises:
         CheckpointError: if a file is missing, truncated, foreign or of another format, or the architecture differs; it says
             in what, and what to do.
     """
     folder = Path(folder)
-    plan, aliases, geometry = _read_head(folder)
+    head = _read_head(folder)
     tensors = _read_safetensors(folder / _WEIGHTS)
     try:
-        small = skeleton(model, plan)
+        small = skeleton(model, head.plan)
     except RankPruneError as error:
         raise CheckpointError(f"the artefact {str(folder)!r} does not fit this model: {error}") from error
-    here = _geometry(small)
+    geometry, here = head.geometry, _geometry(small)
     if differing := [name for name in {**geometry, **here} if geometry.get(name) != here.get(name)]:
         name = differing[0]
         raise CheckpointError(
             f"the artefact {str(folder)!r} is of another architecture: its layer {name!r} has {geometry.get(name)}, that of "
             f"this model {here.get(name)}. Build the model as it was when it was saved"
         )
-    tensors |= {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    tensors |= {alias: tensors[name] for alias, name in head.aliases.items() if name in tensors}
     load_exactly(small, tensors, str(folder))
+    for name, buffer in small.named_buffers():
+        if name in head.buffers:
+            buffer.data = buffer.data.to(head.buffers[name])
     return small
 
 
@@ -93,10 +105,20 @@ def load_plan(folder: str | Path) -> Plan:
     Raises:
         CheckpointError: as load.
     """
-    return _read_head(Path(folder))[0]
+    return _read_head(Path(folder)).plan
 
 
-def _read_head(folder: Path) -> tuple[Plan, dict[str, str], dict[str, Any]]:
+@dataclass(frozen=True)
+class _Head:
+    """What an artefact says beside its tensors; `buffers` are the dtypes of those that no state_dict holds."""
+
+    plan: Plan
+    aliases: Mapping[str, str]
+    geometry: Mapping[str, Any]
+    buffers: Mapping[str, torch.dtype]
+
+
+def _read_head(folder: Path) -> _Head:
     path = folder / _HEAD
     if not path.is_file():
         raise CheckpointError(f"no artefact in {str(folder)!r}: {_HEAD} is missing; give the folder that save() wrote")
@@ -113,7 +135,11 @@ def _read_head(folder: Path) -> tuple[Plan, dict[str, str], dict[str, Any]]:
     aliases = head.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{str(path)!r} is damaged: its aliases are {aliases!r}; copy or save it again")
-    return Plan.from_json(json.dumps(head["plan"])), aliases, head.get("geometry", {})
+    named = {name: getattr(torch, str(dtype), None) for name, dtype in head.get("buffers", {}).items()}
+    buffers = {name: dtype for name, dtype in named.items() if isinstance(dtype, torch.dtype)}
+    if buffers.keys() != named.keys():
+        raise CheckpointError(f"{str(path)!r} is damaged: its buffers are {head['buffers']!r}; copy or save it again")
+    return _Head(Plan.from_json(json.dumps(head["plan"])), aliases, head.get("geometry", {}), buffers)
 
 
 def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -121,6 +147,13 @@ def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
     fields = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Convolution)}
     return {name: json.loads(json.dumps({f: getattr(m, f) for f in fields})) for name, m in convolutions.items()}
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtypes of floating-point buffers that are in no state_dict, such as tables of positions."""
+    saved = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
+    return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in buffers.items()}
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -216,6 +249,11 @@ def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             raise CheckpointError(
                 f"the state of this model holds {name!r}, a {type(value).__name__} and no tensor (quantized layers and "
                 "get_extra_state do that); safetensors cannot hold it: save state_dict() with torch.save instead"
+            )
+        if value.layout != torch.strided:
+            raise CheckpointError(
+                f"the state of this model holds {name!r}, a tensor of layout {value.layout}; safetensors cannot hold it: "
+                "register it as a buffer with persistent=False, or save state_dict() with torch.save instead"
             )
     kept: dict[str, Tensor] = {}
     first: dict[tuple, str] = {}

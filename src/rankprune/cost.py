@@ -1,8 +1,8 @@
 """What a model costs: multiply-accumulates, counted by running it, and parameters. The model is left as it was."""
 
-import inspect
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.distributed import is_sharded, reshard
 from rankprune.errors import RankPruneError
-from rankprune.layers import is_decomposable, is_matrix, unwrap
+from rankprune.layers import is_decomposable, is_matrix, is_packed, unwrap
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with: one tensor, positional arguments, or keyword arguments."""
@@ -95,7 +95,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     if module._buffers[name] is not buffer:
                         module._buffers[name] = buffer
             for buffer, before in values:
-                if not torch.equal(buffer, before):  # an expanded one cannot be written to
+                if buffer.layout != torch.strided or not torch.equal(buffer, before):  # an expanded one cannot be written to
                     buffer.copy_(before)
 
 
@@ -114,7 +114,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
     64
     """
     model = unwrap(model)
-    leaves = {name: m for name, m in model.named_modules() if not any(m.children()) or _is_packed(m)}
+    leaves = {name: m for name, m in model.named_modules() if next(m.children(), None) is None or is_packed(m)}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in leaves}
     flops = dict.fromkeys(leaves, 0)
     obstacles: dict[str, str] = {}
@@ -148,7 +148,10 @@ def count(model: nn.Module, x: Inputs) -> Count:
         stack.enter_context(undisturbed(model))
         stack.enter_context(_without_gradients(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # or what is compiled within stays eager after this
         stack.enter_context(counter)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks
         call(model, x)
     rows = tuple(
         LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
@@ -203,12 +206,7 @@ def _should_count(module: nn.Module) -> bool:
     """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix that is not a lookup table."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return False
-    return any(is_matrix(p) for p in module.parameters()) or _is_packed(module)
-
-
-def _is_packed(module: nn.Module) -> bool:
-    """Whether it is a quantized layer, which keeps its weight behind a method."""
-    return inspect.ismethod(getattr(module, "weight", None))
+    return any(is_matrix(p) for p in module.parameters()) or is_packed(module)
 
 
 def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int:

@@ -118,8 +118,12 @@ def _holds_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
         return False
     own = [p for _, p in module._parameters.items() if p is not None]
-    packed = inspect.ismethod(getattr(module, "weight", None))  # quantized layers keep packed weights behind a method
-    return packed or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)
+    return is_packed(module) or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether it is a quantized layer, which keeps its weight behind a method. Computes no weight that is parametrized."""
+    return inspect.isfunction(inspect.getattr_static(type(module), "weight", None))
 
 
 def is_matrix(parameter: Tensor) -> bool:

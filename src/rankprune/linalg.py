@@ -25,6 +25,8 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 
 _LARGE = 256
 """Short sides from here on are worth a subspace iteration, and products in float32."""
+_BATCH = 2**25
+"""About how many values are factored in one batch: what it needs beside them is some ten times their space."""
 _ITERATIONS = 4
 _EXCESS = 0.01
 """Subspace iteration ends when its projection loses hardly more than the best one: by this share of what that loses."""
@@ -68,12 +70,15 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
     """
     found: dict[int, Basis] = {}
     batches: dict[tuple, list[int]] = defaultdict(list)
+    fill: dict[tuple, int] = defaultdict(int)
     for i, stack in enumerate(stacks):
         basis = _from_start(stack.detach(), starts[i]) if starts else None
         if basis is not None:
             found[i] = basis
         else:
-            batches[(*stack.shape[1:], stack.dtype, stack.device)].append(i)
+            alike = (*stack.shape[1:], stack.dtype, stack.device)
+            fill[alike] += stack.numel()
+            batches[(*alike, fill[alike] // _BATCH)].append(i)
     for members in batches.values():
         batch = torch.cat([stacks[i].detach() for i in members]) if len(members) > 1 else stacks[members[0]].detach()
         labels = [names[i] for i in members for _ in range(stacks[i].shape[0])]
@@ -95,19 +100,22 @@ def bases_by_layer(
 
 def _from_start(stack: Tensor, start: Tensor | None) -> Basis | None:
     """The basis of a large stack, in float32, by way of its last leading vectors if there are some; None if that fails."""
-    if min(stack.shape[1:]) < _LARGE or _working(stack).dtype == torch.float64:
+    if not _in_float32(stack):
         return None
     on_rows = stack.shape[1] <= stack.shape[2]
     a = _working(stack if on_rows else stack.mT)
     energy = torch.linalg.vector_norm(a if a.is_contiguous() else a.mT, dim=-1).double().square().sum(-1)
     if not energy.isfinite().all():
         return None
-    return (None if start is None else _leading(a, energy, start, on_rows)) or _whole(a, energy, on_rows)
+    try:
+        return (None if start is None else _leading(a, energy, start, on_rows)) or _whole(a, energy, on_rows)
+    except LinAlgError:
+        return None
 
 
-def worth_starting(full_rank: int, rank: int) -> bool:
-    """Whether so many leading vectors of so many make the next factorisation faster."""
-    return full_rank >= _LARGE and rank + _extra(rank) <= full_rank // 2
+def worth_starting(stack: Tensor, rank: int) -> bool:
+    """Whether so many leading vectors of a stack make its next factorisation faster."""
+    return _in_float32(stack) and rank + _extra(rank) <= min(stack.shape[1:]) // 2
 
 
 def _extra(rank: int) -> int:
@@ -125,7 +133,7 @@ def _whole(a: Tensor, energy: Tensor, on_rows: bool) -> Basis | None:
 def _leading(a: Tensor, energy: Tensor, start: Tensor, on_rows: bool) -> Basis | None:
     """The leading part of the basis, by subspace iteration; None if it is not worth it, or does not converge."""
     rank = start.shape[-1]
-    if start.shape[:2] != a.shape[:2] or not worth_starting(a.shape[1], rank):
+    if start.shape[:2] != a.shape[:2] or not worth_starting(a, rank):
         return None
     start = start.to(a.dtype)
     new = _sketch(a, _extra(rank))  # lets directions in that were not there before
@@ -167,11 +175,15 @@ def _orthonormal(y: Tensor) -> Tensor:
 
 
 def _working(stack: Tensor) -> Tensor:
-    """The stack in the type that products are made in: float32 for large ones where nothing narrows it, else float64."""
+    """The stack in the type that products are made in."""
+    return stack.float() if _in_float32(stack) else stack.double()
+
+
+def _in_float32(stack: Tensor) -> bool:
+    """Whether products are made in float32: of large matrices on the CPU, where nothing narrows it; else in float64."""
     kind = stack.device.type
     large = min(stack.shape[1:]) >= _LARGE and kind == "cpu" and stack.dtype != torch.float64
-    narrowed = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
-    return stack.float() if large and not narrowed else stack.double()
+    return large and not torch.is_autocast_enabled(kind) and torch.get_float32_matmul_precision() == "highest"
 
 
 def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:

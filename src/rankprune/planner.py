@@ -238,9 +238,9 @@ class Planner:
             chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
             metric = "params" if chosen.unit.macs is None else "macs"
             for o in self.options[name]:
-                basis = factored.bases.get((name, o.scheme.name))
+                basis, stack = factored.bases.get(o.key), factored.stacks.get(o.key)
                 rank = -(-(entry.rank or 1) * chosen.unit.of(metric) // max(o.unit.of(metric), 1))
-                if basis is not None and linalg.worth_starting(o.full_rank, rank):
+                if basis is not None and stack is not None and linalg.worth_starting(stack, rank):
                     starts[name, o.scheme.name] = basis.vectors[..., :rank].float().clone()
         return starts
 

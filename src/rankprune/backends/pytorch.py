@@ -1,6 +1,7 @@
 """PyTorch itself, as it is and compiled."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,16 @@ from rankprune.cost import Inputs, call, undisturbed
 
 
 class Eager(Backend):
-    """PyTorch, operation by operation."""
+    """PyTorch, operation by operation, also where the model has compiled parts: its decomposed forms have none."""
 
     name = "eager"
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
-        return eager_program(model, x)
+        def uncompiled(*args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return model(*args, **kwargs)
+
+        return eager_program(model, x, uncompiled)
 
 
 class Compiled(Backend):
@@ -43,7 +48,7 @@ def eager_program(model: nn.Module, x: Inputs, run: Callable | None = None) -> P
         with torch.inference_mode():
             return tensors(call(run, x))
 
-    with undisturbed(model):
+    with undisturbed(model), torch.compiler.set_stance("force_eager"):
         call(model, x)  # what the model caches at its first call must not be made in inference mode
     program(x)
     return program
