@@ -44,7 +44,7 @@ def network(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
 
 
 def batches(size: int = 16, **options: Any) -> TrainBatches:
-    return TrainBatches(coloured(70), size, pad=1, **options)
+    return TrainBatches(coloured(70, seed=options.pop("images", 0)), size, pad=1, **options)
 
 
 def pruning(model: nn.Module, **options: Any) -> rp.TRP:
@@ -222,6 +222,7 @@ OTHER = {
     "other nuclear weight": {"trp": {"nuclear": 0.0}},
     "other batch": {"batches": {"size": 32}},
     "other order": {"batches": {"seed": 1}},
+    "as many other images": {"batches": {"images": 1}},
     "other start": {"identity": {"start": "another.pt"}},
 }
 

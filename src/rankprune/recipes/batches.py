@@ -1,5 +1,6 @@
 """Batches of images: shuffling, a batch's augmentation as one gather, normalisation, channels_last."""
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ class Batches(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the batches depend on, as plain values."""
-        return {"images": len(self.labels), "batch": self.batch, "seed": self.seed}
+        """What the batches depend on, as plain values; other images of the same number mostly have other labels."""
+        digest = zlib.crc32(str(self.labels.tolist()).encode())
+        return {"images": len(self.labels), "labels": digest, "batch": self.batch, "seed": self.seed}
 
     @abstractmethod
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
