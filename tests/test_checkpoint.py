@@ -131,9 +131,10 @@ def test_buffers_that_are_not_saved_keep_their_dtypes_too(tmp_path: Path) -> Non
     assert (loaded.table.dtype, loaded.exact.dtype, fresh.table.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert torch.equal(loaded(x), small(x))
     head = json.loads((tmp_path / "rankprune.json").read_text())
-    (tmp_path / "rankprune.json").write_text(json.dumps(head | {"buffers": {"table": "nn"}}))
-    with pytest.raises(rp.CheckpointError, match="its buffers are"):
-        rp.load(tmp_path, fresh)
+    for damaged in ({"table": "nn"}, ["table"]):
+        (tmp_path / "rankprune.json").write_text(json.dumps(head | {"buffers": damaged}))
+        with pytest.raises(rp.CheckpointError, match="its buffers are"):
+            rp.load(tmp_path, fresh)
 
 
 def test_a_sparse_buffer_is_refused_by_name(tmp_path: Path) -> None:

@@ -135,10 +135,11 @@ def _read_head(folder: Path) -> _Head:
     aliases = head.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{str(path)!r} is damaged: its aliases are {aliases!r}; copy or save it again")
-    named = {name: getattr(torch, str(dtype), None) for name, dtype in head.get("buffers", {}).items()}
-    buffers = {name: dtype for name, dtype in named.items() if isinstance(dtype, torch.dtype)}
-    if buffers.keys() != named.keys():
-        raise CheckpointError(f"{str(path)!r} is damaged: its buffers are {head['buffers']!r}; copy or save it again")
+    named = head.get("buffers", {})
+    known = {name: getattr(torch, str(dtype), None) for name, dtype in named.items()} if isinstance(named, dict) else {}
+    buffers = {name: dtype for name, dtype in known.items() if isinstance(dtype, torch.dtype)}
+    if not isinstance(named, dict) or buffers.keys() != named.keys():
+        raise CheckpointError(f"{str(path)!r} is damaged: its buffers are {named!r}; copy or save it again")
     return _Head(Plan.from_json(json.dumps(head["plan"])), aliases, head.get("geometry", {}), buffers)
 
 
