@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend, Program
 from rankprune.backends.onnxruntime import quantize_onnx
-from rankprune.recipes.batches import Normalize, eval_batches
+from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from rankprune.recipes.images import load_images
 from rankprune.recipes.networks import build, load_weights
 from rankprune.recipes.runner import provenance, write
 from rankprune.rules import parse_rule
@@ -30,15 +30,12 @@ from rankprune.timing import spread, time_together
 BATCH, CALIBRATION, ROUND_TO = 64, 512, 16
 
 
-NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
-
-
 def trained(e: Experiment, folders: Folders) -> tuple[nn.Module, nn.Module, list[Tensor]]:
     """The dense and the decomposed network of a finished run, and batches of training images to calibrate on."""
     images = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
     dense, small = build(e.model, 10), rp.load(folders.runs / e.name / "artefact", build(e.model, 10))
     load_weights(dense, e.reference or e.start or "", folders.models, folders.runs)
-    return dense, small, [batch for batch, _ in eval_batches(images, BATCH, NORMALIZE)]
+    return dense, small, [batch for batch, _ in eval_batches(images, BATCH)]
 
 
 def accuracy(program: Callable[[Tensor], list[Tensor]], batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -74,7 +71,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print, and write the result."""
     e, folders = Experiment.read(Path(sys.argv[1])), Folders.from_environment(*sys.argv[2:3])
-    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH, NORMALIZE))[:-1]  # whole batches
+    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH))[:-1]  # whole batches
     dense, small, calibration = trained(e, folders)
     found = []
     for row, program in rows(dense, small, calibration):

@@ -229,6 +229,22 @@ def test_followers_are_the_modules_that_take_up_the_output() -> None:
     assert tails == {"1": [], "2": [nn.BatchNorm2d, nn.ReLU], "5": [nn.ReLU], "7": []}
 
 
+def test_followers_in_what_is_compiled() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.layer(x)))
+
+    model, x = Block().eval(), torch.randn(2, 3, 8, 8)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert [type(m) for m in followers(model, x, {"layer": model.layer})["layer"]] == [nn.BatchNorm2d, nn.ReLU]
+
+
 def test_followers_end_where_two_modules_take_up_one_tensor() -> None:
     class Forked(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.cost import Inputs, call, undisturbed
+from rankprune.cost import Inputs, call, check_batches, uncompiled
 from rankprune.errors import RankPruneError
 from rankprune.linalg import Whitening, whitening
 from rankprune.schemes import Scheme
@@ -28,10 +28,7 @@ def whitenings(
     Raises:
         RankPruneError: if there are no inputs, or they are one tensor or dict instead of several.
     """
-    if isinstance(inputs, Tensor | Mapping):
-        raise RankPruneError(
-            f"calibration= is one {type(inputs).__name__}: give a list of batches, each as the model is called with"
-        )
+    check_batches(inputs)
     sums: dict[tuple[str, str], Tensor] = {}
 
     def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -46,8 +43,7 @@ def whitenings(
 
     batches = 0
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts would not call the hooks
+        stack.enter_context(uncompiled(model))
         for key, (module, scheme) in layers.items():
             stack.callback(module.register_forward_pre_hook(gather(key, scheme), with_kwargs=True).remove)
         for x in inputs:

@@ -58,6 +58,17 @@ class Count:
     uncounted: tuple[str, ...]
 
 
+def check_batches(calibration: object) -> None:
+    """Make sure that these are several inputs and not one, whose parts would be taken for inputs.
+
+    Raises:
+        RankPruneError: for a tensor or a dict.
+    """
+    if isinstance(calibration, Tensor | Mapping):
+        kind = "tensor" if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise RankPruneError(f"calibration is one {kind}: give a list of batches, each as the model is called with")
+
+
 def call(model: Callable[..., Any], x: Inputs) -> Any:
     """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
     if isinstance(x, Mapping):
@@ -97,6 +108,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, before in values:
                 if buffer.layout != torch.strided or not torch.equal(buffer, before):  # an expanded one cannot be written to
                     buffer.copy_(before)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """`undisturbed`, for passes that hooks watch: what is compiled in the model runs as it is, for it would call no hooks.
+
+    Nor does it meet the modes of such a pass, after which torch.compile would leave it alone for good.
+    """
+    with undisturbed(model), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -145,10 +166,9 @@ def count(model: nn.Module, x: Inputs) -> Count:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(uncompiled(model))
         stack.enter_context(_without_gradients(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # or what is compiled within stays eager after this
         stack.enter_context(counter)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks

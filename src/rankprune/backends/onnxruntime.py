@@ -23,7 +23,7 @@ from rankprune.backends.base import (
     reason_of,
     tensors,
 )
-from rankprune.cost import Inputs
+from rankprune.cost import Inputs, check_batches
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 
 OPSET = 20
@@ -160,8 +160,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
     if not source.is_file():
         raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
     check_folder(path)
-    if isinstance(calibration, Tensor):
-        raise RankPruneError("calibration is one tensor: give a list of batches, each as the model is called with")
+    check_batches(calibration)
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rankprune.backends.base import Backend, Program, tensors
-from rankprune.cost import Inputs, call, undisturbed
+from rankprune.cost import Inputs, call, uncompiled
 
 
 class Eager(Backend):
@@ -16,11 +16,11 @@ class Eager(Backend):
     name = "eager"
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
-        def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with torch.compiler.set_stance("force_eager"):
                 return model(*args, **kwargs)
 
-        return eager_program(model, x, uncompiled)
+        return eager_program(model, x, run)
 
 
 class Compiled(Backend):
@@ -48,7 +48,7 @@ def eager_program(model: nn.Module, x: Inputs, run: Callable | None = None) -> P
         with torch.inference_mode():
             return tensors(call(run, x))
 
-    with undisturbed(model), torch.compiler.set_stance("force_eager"):
+    with uncompiled(model):
         call(model, x)  # what the model caches at its first call must not be made in inference mode
     program(x)
     return program

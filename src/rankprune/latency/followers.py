@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from rankprune.cost import Inputs, call, undisturbed
+from rankprune.cost import Inputs, call, uncompiled
 
 _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
@@ -45,7 +45,7 @@ def followers(model: nn.Module, x: Inputs, layers: Mapping[str, nn.Module]) -> d
         if isinstance(norm, BatchNorm)
     ]
     try:
-        with undisturbed(model), _Watched(chains):
+        with uncompiled(model), _Watched(chains):
             call(model, x)
     finally:
         for handle in handles:
