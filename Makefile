@@ -79,6 +79,8 @@ bench: bench-cifar bench-latency
 	$(BIN)/python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 	$(BIN)/python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/projection.py --growth
+	$(BIN)/python benchmarks/distributed.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

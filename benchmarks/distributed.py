@@ -25,7 +25,8 @@ from rankprune.recipes.imagenet_resnet import resnet18
 from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "distributed.json"
-NUCLEAR = 1e-3
+SEED, PROCESSES, SIZE = 0, (1, 2, 4), 112
+RULE, SCHEME, NUCLEAR = rp.Budget(macs=0.4), "spatial", 1e-3
 
 
 def later_macs(k: int, n: int, rank: int | None) -> float:
@@ -46,11 +47,11 @@ def process() -> None:
     if together:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = resnet18(10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    x = torch.zeros(1, 3, 112, 112)
-    trp = rp.TRP(model, rule=rp.Budget(macs=0.4), scheme="spatial", every=10**6, nuclear=NUCLEAR, example_inputs=x)
+    x = torch.zeros(1, 3, SIZE, SIZE)
+    trp = rp.TRP(model, rule=RULE, scheme=SCHEME, every=10**6, nuclear=NUCLEAR, example_inputs=x)
     trp.attach(optimizer)
     planner = trp._planner
     team = planner.team
@@ -108,8 +109,8 @@ def start(processes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure with 1, 2 and 4 processes, print, and write the JSON."""
-    rows = [start(processes) for processes in (1, 2, 4)]
+    """Measure with each number of processes, print, and write the JSON."""
+    rows = [start(processes) for processes in PROCESSES]
     for row in rows:
         each = row["each"]
         measured = sum(e["bytes"] for e in each)
@@ -119,7 +120,9 @@ def main() -> None:
             f"{row['bytes_predicted_in_all'] / 1e6:.1f}; seconds {max(e['seconds'] for e in each):.2f}"
         )
     out = Path(sys.argv[2]) if sys.argv[1:2] == ["--out"] else RESULT
-    print(f"result  {write({'runs': rows, **provenance()}, out)}")
+    config = {"network": "resnet18", "size": SIZE, "rule": repr(RULE), "scheme": SCHEME, "nuclear": NUCLEAR}
+    result = {"benchmark": "distributed", "config": config, "seed": SEED, "runs": rows, **provenance()}
+    print(f"result  {write(result, out)}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rankprune.recipes.runner import provenance, write
 from rankprune.schemes import SCHEMES
 from rankprune.timing import spread, time_together
 
+SEED, ROUNDS, TRIES = 0, 31, 5
 RESULT = Path(__file__).parent / "results" / "pairs.json"
 LAYERS = [
     (64, 64, 1, 56, 32, 16),
@@ -68,7 +69,7 @@ def compare(backend: str, models: Mapping[str, nn.Module], x: Tensor | dict[str,
     inputs = x if isinstance(x, dict) else dict.fromkeys(models, x)
     loaded = [BACKENDS[backend].load(m.eval(), inputs[name]) for name, m in models.items()]
     programs = [lambda _, run=run, name=name: run(inputs[name]) for run, name in zip(loaded, models, strict=True)]
-    times = calmest(lambda: time_together(programs, next(iter(inputs.values())), rounds=31))
+    times = calmest(lambda: time_together(programs, next(iter(inputs.values())), rounds=ROUNDS))
     base = statistics.median(times[0])
     return [
         {
@@ -83,9 +84,9 @@ def compare(backend: str, models: Mapping[str, nn.Module], x: Tensor | dict[str,
 
 
 def calmest(measure: Callable[[], list[list[float]]]) -> list[list[float]]:
-    """Of at most five tries the one whose largest spread is least; the first below a fifth will do."""
+    """Of at most TRIES the one whose largest spread is least; the first below a fifth will do."""
     tries = []
-    for _ in range(5):
+    for _ in range(TRIES):
         tries.append(measure())
         if max(map(spread, tries[-1])) < NOISY:
             break
@@ -94,6 +95,7 @@ def calmest(measure: Callable[[], list[list[float]]]) -> list[list[float]]:
 
 def main() -> None:
     """Measure, print, and write the result."""
+    torch.manual_seed(SEED)
     rows = []
     for c, n, s, side, r, k in LAYERS:
         x = torch.randn(1, c, side, side)
@@ -126,7 +128,8 @@ def main() -> None:
                 f"{c:4} {n:4} /{s} {side:3}  {row['variant']:22} {row['backend']:12} {row['ms']:7.3f} ms {row['of_first']:6.2f}"
             )
         rows += [{"layer": [c, n, s, side], **row} for row in found]
-    write({"benchmark": "pairs", "rows": rows, **provenance()}, RESULT)
+    config = {"layers": LAYERS, "rounds": ROUNDS, "tries": TRIES}
+    write({"benchmark": "pairs", "config": config, "seed": SEED, "rows": rows, **provenance()}, RESULT)
 
 
 if __name__ == "__main__":

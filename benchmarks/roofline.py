@@ -33,7 +33,7 @@ from rankprune.recipes.networks import build
 from rankprune.recipes.runner import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
-WARM_UP, CALLS = 5, 30
+SEED, WARM_UP, CALLS = 0, 5, 30
 
 
 def rates() -> dict[str, float]:
@@ -168,6 +168,7 @@ def small_images(folder: Path, experiment: Path) -> Forms:
 
 def main() -> None:
     """Measure, print, and write the result."""
+    torch.manual_seed(SEED)
     rows, experiment = [], Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -189,7 +190,8 @@ def main() -> None:
                 for kind in kinds:
                     share = f"{kind['macs'] / kind['ms'] / 1e6 / rate['macs_per_ns']:.0%}" if kind["macs"] else ""
                     print(f"  {kind['kind']:28} {kind['count']:3} {kind['ms']:7.2f} ms {kind['least_ms']:7.2f} {share}")
-    write({"benchmark": "roofline", "experiment": experiment.stem, "rows": rows, **provenance()}, RESULT)
+    config = {"experiment": experiment.stem, "warm_up": WARM_UP, "calls": CALLS}
+    write({"benchmark": "roofline", "config": config, "seed": SEED, "rows": rows, **provenance()}, RESULT)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,6 @@ def test_an_optimizer_that_was_not_prepared() -> None:
 def test_a_refused_one_is_not_saved(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(rp.RankPruneError, match="another TRP is attached"):
-        attach(rp.TRP(toy.Net(), **toy.settings()), run.accelerator, run.optimizer)
+        attach(rp.TRP(run.model, **toy.settings()), run.accelerator, run.optimizer)
     run.accelerator.save_state(tmp_path / "state")
     assert [file.name for file in (tmp_path / "state").glob("custom*")] == ["custom_checkpoint_0.pkl"]

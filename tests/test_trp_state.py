@@ -336,10 +336,29 @@ def test_attached_twice() -> None:
     optimizer = sgd(model)
     trp = rp.TRP(model, rule=rp.Energy(0.9)).attach(optimizer)
     for again in (trp, rp.TRP(model, rule=rp.Energy(0.9))):
-        with pytest.raises(rp.RankPruneError, match=r"detach\(\)"):
-            again.attach(optimizer)
-    with pytest.raises(rp.RankPruneError, match=r"detach\(\)"):
-        trp.attach(sgd(model))
+        for any_optimizer in (optimizer, sgd(model)):
+            with pytest.raises(rp.RankPruneError, match=r"detach\(\)"):
+                again.attach(any_optimizer)
+    with pytest.raises(rp.RankPruneError, match=r"1 of these layers, too \(4\).*exclude="):
+        rp.TRP(model, rule=rp.Energy(0.9), include=["4"]).attach(optimizer)
+    trp.detach()
+    rp.TRP(model, rule=rp.Energy(0.9)).attach(optimizer)
+
+
+def test_two_on_one_optimizer_with_layers_of_their_own() -> None:
+    whole, parts = network(), network()
+    settings = {"rule": rp.Energy(0.8), "scheme": "channel", "every": 3, "nuclear": 1e-2}
+    first, second = sgd(whole), sgd(parts)
+    alone = rp.TRP(whole, **settings).attach(first)
+    a = rp.TRP(parts, include=["2"], **settings).attach(second)
+    b = rp.TRP(parts, exclude=["2"], **settings).attach(second)
+    train(whole, first, range(10))
+    train(parts, second, range(10))
+    exactly_same(parts, whole)
+    a.finalize()
+    small = b.finalize()
+    assert a.plan is not None
+    exactly_same(rp.decompose(small, a.plan), alone.finalize())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,29 @@ from torch import Tensor, nn
 
 from rankprune.cost import Inputs, call, check_batches, uncompiled
 from rankprune.errors import RankPruneError
-from rankprune.linalg import Whitening, whitening
+from rankprune.linalg import bases
 from rankprune.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """The square root of an input covariance and its inverse, (matrices, size, size) float64, for one side of a stack.
+
+    Truncating the whitened stack loses the least energy in the layer's *output*, instead of in its weight (as in SVD-LLM).
+    """
+
+    root: Tensor
+    inverse: Tensor
+    on_rows: bool
+
+    def apply(self, stack: Tensor) -> Tensor:
+        """(stack, rows, columns) -> the same in float64, whitened on the side that faces the input."""
+        return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
+
+    def undo(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of a whitened stack -> factors of the stack itself. Shapes: (stack, rows, r), (stack, r, columns)."""
+        return (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
+
 
 Whitenings = dict[tuple[str, str], Whitening]
 """By (layer name, scheme name). Layers that a scheme sees no patches for (transposed convolutions) are absent."""
@@ -51,4 +73,20 @@ def whitenings(
             batches += 1
     if not batches:
         raise RankPruneError("calibration= holds no inputs; give a list of batches (an iterator is empty after its first use)")
-    return {key: whitening(total / batches, layers[key][1].input_on_rows, key[0]) for key, total in sums.items()}
+    return {key: _whitening(total / batches, layers[key][1].input_on_rows, key[0]) for key, total in sums.items()}
+
+
+@torch.no_grad()
+def _whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
+    """The Whitening of an input covariance (matrices, size, size).
+
+    Directions with less than 1e-6 of the mean variance count as having that much, so that the root can be inverted.
+
+    Raises:
+        FactorizationError: naming the layer, if the covariance is not finite.
+    """
+    basis = bases([covariance.double()], [name])[0]  # the singular vectors of a covariance are its eigenvectors
+    values, vectors = basis.values, basis.vectors
+    floor = 1e-6 * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    roots = values.maximum(floor).sqrt()
+    return Whitening((vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT, on_rows)

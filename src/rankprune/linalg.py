@@ -290,39 +290,3 @@ def _inverse(stack: Tensor, basis: Basis, rank: int | None) -> Tensor:
     eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
     values = basis.values[..., None, :rank]
     return torch.where(values > max(stack.shape[1:]) * eps * values[..., :1], 1 / values, 0.0)
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """The square root of an input covariance and its inverse, (matrices, size, size) float64, for one side of a stack.
-
-    Truncating the whitened stack loses the least energy in the layer's *output*, instead of in its weight (as in SVD-LLM).
-    """
-
-    root: Tensor
-    inverse: Tensor
-    on_rows: bool
-
-    def apply(self, stack: Tensor) -> Tensor:
-        """(stack, rows, columns) -> the same in float64, whitened on the side that faces the input."""
-        return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
-
-    def undo(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of a whitened stack -> factors of the stack itself. Shapes: (stack, rows, r), (stack, r, columns)."""
-        return (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
-
-
-@torch.no_grad()
-def whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
-    """The Whitening of an input covariance (matrices, size, size).
-
-    Directions with less than 1e-6 of the mean variance count as having that much, so that the root can be inverted.
-
-    Raises:
-        FactorizationError: naming the layer, if the covariance is not finite.
-    """
-    basis = bases([covariance.double()], [name])[0]  # the singular vectors of a covariance are its eigenvectors
-    values, vectors = basis.values, basis.vectors
-    floor = 1e-6 * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    roots = values.maximum(floor).sqrt()
-    return Whitening((vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT, on_rows)

@@ -25,7 +25,7 @@ from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
 from rankprune.survey import Key
 
-_ATTACHED: WeakSet[Optimizer] = WeakSet()
+_ATTACHED: "WeakSet[TRP]" = WeakSet()
 
 
 class TRP:
@@ -34,7 +34,9 @@ class TRP:
     After every `every`-th optimizer step the rule chooses ranks from the present spectra, and the weights of the layers
     that it gives one are replaced by their truncated SVD; the next iteration then runs on low-rank weights (TRP's low-rank
     iteration). Other layers keep their full capacity. Energy and SingularValue give every layer a rank, as in the paper;
-    those whose pairs would not be cheaper in the end stay dense.
+    those whose pairs would not be cheaper in the end stay dense. Parts of a model that want other settings take a TRP each,
+    of which no two have the same layers (`include`, `exclude`); after ``a.finalize()``, ``decompose(b.finalize(), a.plan)`` has
+    all parts decomposed.
 
     Args:
         model: the dense model in training; compile and DataParallel wrappers are looked through.
@@ -105,7 +107,6 @@ class TRP:
         self._subgradients: dict[str, Tensor] = {}
         self._starts: dict[Key, Tensor] = {}
         self._handles: list[Any] = []
-        self._optimizer: Optimizer | None = None
 
     # -- the optimizer's hooks ------------------------------------------------------------------------------------
 
@@ -116,8 +117,8 @@ class TRP:
         processes the first one does that while the others wait, so the time-out of their group must be longer than it takes.
 
         Raises:
-            RankPruneError: if `optimizer` is none, if already attached, if another TRP is attached to this optimizer, if the
-                optimizer does not hold the weights of the layers to be decomposed, or if a budget of latency cannot be met.
+            RankPruneError: if `optimizer` is none, if already attached, if another TRP that is attached has some of the same
+                layers, if the optimizer does not hold their weights, or if a budget of latency cannot be met.
                 Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
             MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
         """
@@ -128,10 +129,16 @@ class TRP:
             )
         if self._handles:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
-        if optimizer in _ATTACHED:
-            raise RankPruneError("another TRP is attached to this optimizer; call detach() on it first")
+        weights = self._planner.weights()
+        for other in _ATTACHED:
+            theirs = set(map(id, other._planner.weights().values()))
+            if shared := [name for name, weight in weights.items() if id(weight) in theirs]:
+                raise RankPruneError(
+                    f"another TRP is attached that has {len(shared)} of these layers, too ({', '.join(shared[:3])}); call "
+                    "detach() on it first, or leave them out with exclude="
+                )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, weight in self._planner.weights().items() if id(weight) not in held]
+        missing = [name for name, weight in weights.items() if id(weight) not in held]
         if missing:
             raise RankPruneError(
                 f"the optimizer does not hold the weights of {len(missing)} of {len(self._planner.layers)} layers "
@@ -144,8 +151,7 @@ class TRP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        self._optimizer = optimizer
-        _ATTACHED.add(optimizer)
+        _ATTACHED.add(self)
         return self
 
     def detach(self) -> None:
@@ -153,9 +159,7 @@ class TRP:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._optimizer is not None:
-            _ATTACHED.discard(self._optimizer)
-        self._optimizer = None
+        _ATTACHED.discard(self)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -26,6 +26,8 @@ from rankprune.report.plots import plot_layer
 from rankprune.rules import parse_rule
 
 DENSE = "dense"
+SEED = 0
+"""Of the weights of models that start from random ones."""
 
 
 def bench_latency(
@@ -70,7 +72,7 @@ def bench_latency(
     for name in backend or ():
         backend_named(name).require()
     backends = list(dict.fromkeys(backend or installed_backends()))
-    torch.manual_seed(0)  # for models of random weights
+    torch.manual_seed(SEED)
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
     networks, predicted, plans, planning_s = {DENSE: dense}, {}, {}, {}
@@ -115,7 +117,7 @@ def bench_latency(
     if out is not None:
         setting = {"model": model, "input": input, "scheme": scheme, "rules": rules, "rounds": rounds, "threads": threads}
         settings = {name: asdict(Setting.of(dense, name, threads)) for name in dict.fromkeys(t.backend for t in found.timings)}
-        result = {"benchmark": "latency", "config": setting, "settings": settings, "rows": rows, "plans": plans}
+        result = {"benchmark": "latency", "config": setting, "seed": SEED, "settings": settings, "rows": rows, "plans": plans}
         result |= {"planning_s": planning_s, "failed": dict(found.failed)}
         result |= {"layer": layer, "curve": [asdict(p) for p in curve]} if curve else {}
         say(f"result  {write({**result, **provenance()}, out)}")

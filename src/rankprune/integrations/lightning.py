@@ -19,7 +19,7 @@ class TRPCallback(OwnsTRP, Callback):
     Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5)`` among the Trainer's `callbacks`; after the fit
     ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
     each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. Several
-    parts of a module, with an optimizer each, take a callback each.
+    parts of a module take a callback each.
 
     Args:
         submodule: the name of the part to train with TRP, which example_inputs are then for, and which metrics are named
