@@ -31,8 +31,8 @@ from rankprune.schemes import SCHEMES
 
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], str, int, int]] = {
     "resnet20": (resnet20, "cifar10", 32, 128),
-    "resnet18": (lambda: resnet18(10), "imagenette112", 112, 64),
-    "resnet50": (lambda: resnet50(10), "imagenette112", 112, 64),
+    "resnet18": (lambda: resnet18(10), "imagenette", 112, 64),
+    "resnet50": (lambda: resnet50(10), "imagenette", 112, 64),
 }
 SEED, SMALL_BATCH = 0, 16
 RULE = rp.Budget(macs=0.4)
@@ -52,7 +52,8 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
     build, dataset, size, batch = NETWORKS[name]
     model = build()
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
-    images = load_images(folders.data / dataset, "train", size)
+    reduced = folders.data / f"{dataset}{size}"  # photographs whose shorter side is this already
+    images = load_images(reduced if reduced.is_dir() else folders.data / dataset, "train", size)
     small, full = (iter(TrainBatches(images, b).epoch(0)) for b in (SMALL_BATCH, batch))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x = torch.zeros(1, 3, size, size)

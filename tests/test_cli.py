@@ -198,6 +198,10 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["export", *RELU, "--out", "x.onnx", "--tolerance=-1"], "differs from the model by"),
         (["export", *MODEL, *INPUT, "--out", "/no/such/folder/x.onnx"], "there is no folder"),
         (["export", *MODEL, "--input", "1,5,32,32", "--out", "x.onnx"], "does not run on --input 1,5,32,32"),
+        (
+            ["train", "--method", "decompose", "--epochs", "5", "--lr", "1"],
+            "--epochs and --lr would do nothing: it trains nothing",
+        ),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
         ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
         ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),
@@ -225,6 +229,25 @@ def test_an_error_of_several_lines_is_put_into_one(monkeypatch, capsys, tmp_path
     with pytest.raises(SystemExit):
         main()
     assert "RuntimeError: one two; it is called" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def build(:", "importing 'broken' raised SyntaxError"),
+        ("import math\nmath.nothing", "importing 'broken' raised AttributeError: module 'math' has no attribute 'nothing'"),
+        ("import no_such_module", "cannot import 'broken' (No module named 'no_such_module')"),
+        ("", "'broken' has no 'build'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(monkeypatch, capsys, tmp_path, code, said):
+    (tmp_path / "broken.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    monkeypatch.setattr(sys, "argv", ["rankprune", "plan", "--model", "broken:build", *INPUT])
+    with pytest.raises(SystemExit):
+        main()
+    assert said in capsys.readouterr().err
 
 
 def test_without_typer_the_command_says_what_to_install():

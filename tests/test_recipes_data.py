@@ -62,6 +62,12 @@ def test_incomplete_official_files(tmp_path: Path) -> None:
         load_images(tmp_path / "c", "train")
 
 
+def test_a_split_that_the_official_files_do_not_have(tmp_path: Path) -> None:
+    write_official(tmp_path / "c")
+    with pytest.raises(rp.RankPruneError, match="no split 'trian'; take 'train' or 'test'"):
+        load_images(tmp_path / "c", "trian")
+
+
 def test_official_files_with_other_objects_are_refused(tmp_path: Path) -> None:
     class Exploit:
         def __reduce__(self) -> tuple:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import own_clock
 import rankprune as rp
 from coloured import coloured, write_parquet
 from rankprune.checkpoint import load_exactly, read_tensors
+from rankprune.recipes import runner
 from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
@@ -143,6 +145,7 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         assert saved == json.loads(json.dumps(result))
         extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
         extra |= {"top1_before_finetuning"} if e.method == "decompose+finetune" else set()
+        extra |= {"precision"} if e.method != "decompose" else set()
         assert saved.keys() == ALWAYS | extra
         assert (saved["name"], saved["method"]) == (e.name, e.method)
         assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
@@ -184,6 +187,37 @@ def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_finetuning_goes_on_with_the_plan_it_began_with(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.models.mkdir()
+    torch.save(resnet("resnet20", 4).state_dict(), folders.models / "start.th")
+    two = replace(TINY, method="decompose+finetune", start="start.th", training=replace(TINY.training, epochs=2))
+    begun = replace(two, name="begun", trp=TrpConfig(rule="Energy(0.7)"))
+    with pytest.raises(KilledError):
+        run(begun, folders, killed_in_the_second_epoch)
+    with pytest.raises(rp.CheckpointError, match=r"another config.*Energy\(keep=0\.7\)"):
+        run(replace(begun, trp=TrpConfig(rule="Energy(0.6)")), folders)
+    planned = runner.make_plan
+    monkeypatch.setattr(runner, "make_plan", lambda *given, **more: planned(*given, **more | {"rule": rp.FixedRank(1)}))
+    result = run(begun, folders)
+    assert min(result["ranks"].values()) > 1
+    assert set(run(replace(begun, name="other"), folders)["ranks"].values()) == {1}
+
+
+def test_a_network_under_a_budget_of_latency_is_timed_on_the_batch_of_the_budget(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_clock.use(monkeypatch)
+    own_clock.add(monkeypatch, own_clock.TimedEager())
+    folders.models.mkdir()
+    torch.save(resnet("resnet20", 4).state_dict(), folders.models / "start.th")
+    e = replace(TINY, method="decompose", start="start.th", trp=TrpConfig(rule="Budget(latency=0.5, backend='eager')"))
+    for batch in (None, 8):
+        result = run(replace(e, trp=replace(e.trp, batch=batch)), folders)
+        assert result["ms_batch"] == (batch or 1)
+        assert result["ms"] == pytest.approx(result["plan"]["ms_measured"], rel=1e-3)
+        assert result["ms"] <= 0.5 * result["ms_dense"]
+
+
 def test_of_a_reference_run_elsewhere_the_result_is_enough(folders: Folders, tmp_path: Path) -> None:
     e = replace(TINY, name="row", trp=TrpConfig(every=2), reference="run:dense")
     with pytest.raises(rp.RankPruneError, match="run that experiment first"):
@@ -210,6 +244,11 @@ def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
     assert finished(TINY, path, tmp_path)
     assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path, tmp_path)
     assert not finished(replace(TINY, trp=TrpConfig(every=3)), path, tmp_path)
+    assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path)
+    write({"config": asdict(replace(TINY, trp=TrpConfig(ramp=0.0)))}, path)
+    assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path), "from the start, and never"
+    assert finished(replace(TINY, training=replace(TINY.training, checkpoint_steps=9), trp=TrpConfig(ramp=0.0)), path, tmp_path)
+    write({"config": config}, path)
     weights.unlink()  # as in a fresh clone
     assert not finished(TINY, path, tmp_path)
 
@@ -217,6 +256,20 @@ def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
 def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:
     result = run(replace(TINY, method="dense", holdout=8), folders)
     assert (result["train_images"], result["test_images"], result["test_split"]) == (40, 8, "holdout")
+
+
+@pytest.mark.parametrize("role", ["start", "teacher", "reference"])
+def test_what_has_seen_the_held_out_images_is_refused(folders: Folders, role: str) -> None:
+    run(replace(TINY, name="all", method="dense"), folders)
+    run(replace(TINY, name="part", method="dense", holdout=8), folders)
+
+    def building_on(source: str) -> Experiment:
+        training = replace(TINY.training, distill=0.5 * (role == "teacher"))
+        return replace(TINY, holdout=8, training=training, trp=TrpConfig(every=2), **{role: source})
+
+    with pytest.raises(rp.RankPruneError, match="'run:all' held out 0 training images, this run 8"):
+        run(building_on("run:all"), folders)
+    assert run(building_on("run:part"), folders)["test_split"] == "holdout"
 
 
 def test_start_from_a_file_and_what_is_missing(folders: Folders, tmp_path: Path) -> None:
@@ -279,7 +332,7 @@ def test_resnet18_on_photographs_goes_from_images_to_an_artefact(tmp_path: Path)
     with pytest.raises(KilledError):
         run(e, folders, killed_in_the_second_epoch)
     result = run(e, folders)
-    assert result.keys() == ALWAYS | DECOMPOSED
+    assert result.keys() == ALWAYS | DECOMPOSED | {"precision"}
     assert (result["train_images"], result["test_images"], result["dataset"]) == (12, 6, "two")
     assert 0.97 < 2.23 * result["macs"] / result["macs_dense"] <= 1
     assert result["macs_dense"] < 50e6, "counted at 32 x 32"

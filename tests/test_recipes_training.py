@@ -279,6 +279,8 @@ def test_learning_rate_in_steps() -> None:
     [
         (lambda: TrainConfig(epochs=-1), "epochs=-1"),
         (lambda: TrainConfig(lr=0.0), r"lr=0\.0"),
+        (lambda: TrainConfig(weight_decay=-1e-4), r"weight_decay=-0\.0001"),
+        (lambda: TrainConfig(momentum=1.0), r"momentum=1\.0"),
         (lambda: train(network(), batches(128), CONFIG), "70 images do not fill one batch of 128"),
         (lambda: train(network(), batches(), replace(CONFIG, lr=1e30)), "lower the learning rate"),
         (lambda: TrainConfig(checkpoint_steps=-1), "checkpoint_steps=-1"),

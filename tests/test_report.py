@@ -13,7 +13,7 @@ from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
-from rankprune.report.results import read_results, seeds_together
+from rankprune.report.results import read_results, seeds_together, told_apart
 from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,16 @@ def test_other_images_are_told_and_drawn_apart(tmp_path):
     assert "images" not in overview(results[:1]).columns
     plot_accuracy(tmp_path / "a.svg", results)
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3
+
+
+def test_shorter_trainings_are_told_and_drawn_apart(tmp_path):
+    runs = [("dense", 90.0, 20), ("dense", 88.0, 6), ("ours", 89.0, 20), ("ours", 87.0, 6), ("trp", 86.0, 20)]
+    results = [result(method, top, epochs=epochs) for method, top, epochs in runs]
+    names = ["dense, 20 epochs", "dense, 6 epochs", "ours spatial, 20 epochs", "ours spatial, 6 epochs", "trp spatial"]
+    assert [told_apart(results)(r) for r in results] == names
+    plot_accuracy(tmp_path / "a.svg", results)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert [drawn.count(f"<!-- {name} -->") for name in names] == [1] * 5
 
 
 def test_times_of_other_runtimes_and_batches_say_so():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,11 +60,24 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
     (folder / _HEAD).write_text(json.dumps(head, indent=1))
 
 
-def save_tensors(path: str | Path, model: nn.Module) -> dict[str, str]:
-    """Write the state_dict to a safetensors file, each shared tensor once; returns the names left out and their twins."""
+def save_tensors(path: str | Path, model: nn.Module, notes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Write the state_dict to a safetensors file, each shared tensor once; returns the names left out and their twins.
+
+    Args:
+        notes: texts to keep in the file's header.
+    """
     tensors, aliases = _unique(unwrap(model).state_dict())
-    save_file(tensors, path)
+    save_file(tensors, path, None if notes is None else dict(notes))
     return aliases
+
+
+def read_notes(path: str | Path) -> dict[str, str]:
+    """What save_tensors noted in a file; nothing, if that is not there or not of its making."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:

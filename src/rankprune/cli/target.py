@@ -26,13 +26,16 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        build = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
         raise RankPruneError(
             f"--model {spec!r}: cannot import {module_name!r} ({error}); is it in the working directory?"
         ) from error
-    except AttributeError as error:
-        raise RankPruneError(f"--model {spec!r}: {module_name!r} has no {attribute!r}") from error
+    except Exception as error:  # the user's own code can raise anything
+        raise RankPruneError(f"--model {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise RankPruneError(f"--model {spec!r}: {module_name!r} has no {attribute!r}")
+    build = getattr(module, attribute)
     try:
         model = build if isinstance(build, nn.Module) else build()
     except Exception as error:

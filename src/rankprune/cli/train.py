@@ -46,6 +46,7 @@ def train(
     workers: Annotated[int, typer.Option(help="Processes that decode photographs ahead; with 0 they are kept decoded.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Use torch.compile.")] = True,
+    time_batch: Annotated[int, typer.Option(min=1, help="Images at once, where --rule goes by latency.")] = 1,
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoint, artefact and result.json; an interrupted run goes on.")
     ] = Path("runs/train"),
@@ -54,9 +55,31 @@ def train(
     if model not in IMAGENET:
         refuse(context, "size", "workers", because=f"{model} is for small images, which are taken whole")
     if method == "dense":
-        refuse(context, "scheme", "rule", "every", "nuclear", "ramp", "freeze", because="--method dense decomposes nothing")
+        refuse(
+            context,
+            "scheme",
+            "rule",
+            "every",
+            "nuclear",
+            "ramp",
+            "freeze",
+            "time_batch",
+            because="--method dense decomposes nothing",
+        )
     elif method.startswith("decompose"):
         refuse(context, "every", "nuclear", "ramp", "freeze", because=f"--method {method} trains without TRP")
+    if method == "decompose":
+        refuse(
+            context,
+            "epochs",
+            "batch",
+            "lr",
+            "weight_decay",
+            "checkpoint_steps",
+            "precision",
+            "compile",
+            because="it trains nothing",
+        )
     sources = (data,) if data is not None and data.startswith(HUB) else ()
     experiment = experiments.Experiment(
         name=out.name,
@@ -75,7 +98,9 @@ def train(
             seed=seed,
             checkpoint_steps=checkpoint_steps,
         ),
-        trp=experiments.TrpConfig(rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze),
+        trp=experiments.TrpConfig(
+            rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze, batch=time_batch
+        ),
         photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
     )
     folders = experiments.Folders.from_environment(out.parent)

@@ -67,6 +67,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_official(folder: Path, split: str) -> ImageSet:
+    if split not in ("train", "test"):
+        raise RankPruneError(
+            f"the official CIFAR-10 files under {str(folder)!r} have no split {split!r}; take 'train' or 'test'"
+        )
     files = [folder / f"data_batch_{i}" for i in range(1, 6)] if split == "train" else [folder / "test_batch"]
     images, labels = [], []
     for file in files:
@@ -84,5 +88,8 @@ def _decoded(photographs: Photographs, size: int | None, source: str) -> ImageSe
     pixels = [resized(picture, picture.size if size is None else (size, size)) for picture in pictures]
     shapes = {tuple(p.shape) for p in pixels}
     if len(shapes) > 1:
-        raise RankPruneError(f"images under {source!r} differ in size ({sorted(shapes)[:3]}, ...); give a size to resize to")
+        raise RankPruneError(
+            f"images under {source!r} differ in size ({sorted(shapes)[:3]}, ...): bring them to one size first (or here, with "
+            "size=), or train a network for photographs, like resnet18, which takes crops of any"
+        )
     return ImageSet(torch.stack(pixels), photographs.labels, photographs.classes)

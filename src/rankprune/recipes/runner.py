@@ -15,25 +15,29 @@ from torch import nn
 
 import rankprune
 from rankprune.budget import Budget
-from rankprune.checkpoint import load, save, save_tensors
+from rankprune.checkpoint import load, read_notes, save, save_tensors
 from rankprune.comparison import compare
 from rankprune.cost import count, cpu_name
 from rankprune.decompose import decompose
+from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra, project
-from rankprune.ranks import RankRule
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import RUN, WEIGHTS, build, load_weights
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
-from rankprune.recipes.snapshot import in_force
-from rankprune.recipes.training import train
+from rankprune.recipes.settings import in_force
+from rankprune.recipes.training import precision_on, train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
+
+TIMED = 64
+"""Images in the batch that networks are timed on; where the rule goes by latency, it is the batch that it timed."""
+HOLDOUT = "holdout"
 
 
 def run(
@@ -53,6 +57,7 @@ def run(
     """
     e, folder = experiment, folders.runs / experiment.name
     processes = processes or Processes()
+    _check_held_out(e, folders.runs)
     torch.manual_seed(e.training.seed)
     data = load_data(e, folders.data, processes)
 
@@ -70,8 +75,10 @@ def run(
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, model)
+    save_tensors(folder / WEIGHTS, model, {HOLDOUT: str(e.holdout)})
     result = _describe(e, log, data) | found
+    if log:
+        result["precision"] = precision_on(torch.device(processes.device), e.training)
     if plan is None or small is None:
         cost = count(model, x)
         result |= {"macs_dense": cost.macs, "params_dense": cost.params}
@@ -82,7 +89,7 @@ def run(
             result["top1_dense"] = top1(network(e.reference), data.test()) if known is None else known
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
-        result |= _compare(model, small, plan, data, x, parse_rule(e.trp.rule))
+        result |= _compare(model, small, plan, data, x, e)
         before = _rounded_spectra(network(e.start), plan)
         project(model, plan)  # what was only decomposed is not of low rank yet
         result["spectra"] = {"before": before, "after": _rounded_spectra(model, plan)}
@@ -99,7 +106,11 @@ def _train(
     on_step: Callable[[Progress], None] | None,
 ) -> tuple[list[EpochLog], Plan | None, nn.Module | None, dict[str, Any]]:
     """Do what the method says: the log of the training, plan and decomposed network if there is one, and what to report."""
+    rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     names = ("model", "dataset", "method", "start", "teacher", "holdout")
+    identity = {name: getattr(e, name) for name in names}
+    if e.method.startswith("decompose"):
+        identity |= {"rule": repr(rule), "scheme": scheme}
     learn = partial(
         train,
         batches=data.batches,
@@ -107,13 +118,12 @@ def _train(
         teacher=teacher,
         checkpoint=checkpoint,
         on_step=on_step,
-        identity={name: getattr(e, name) for name in names},
+        identity=identity,
     )
-    rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     if e.method == "dense":
         return learn(model), None, None, {}
     if e.method.startswith("decompose"):
-        plan = make_plan(model, x, scheme=scheme, rule=rule)
+        plan = _plan_once(checkpoint, lambda: make_plan(model, x, scheme=scheme, rule=rule))
         small = decompose(model, plan)
         if e.method == "decompose":
             return [], plan, small, {}
@@ -136,6 +146,33 @@ def _train(
     return log, trp.plan, small, {}
 
 
+def _plan_once(checkpoint: Path, make: Callable[[], Plan]) -> Plan:
+    """The plan of the training that the checkpoint is of, or else a new one: the first process's, for all."""
+    team, kept = Team(), checkpoint.with_name("plan.json")
+
+    def plan() -> dict[str, Plan]:
+        if checkpoint.is_file() and kept.is_file():
+            return {"plan": Plan.from_json(kept.read_text())}
+        made = make()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(made.to_json())
+        return {"plan": made}
+
+    return team.share(lambda: plan() if team.rank == 0 else {})["plan"]
+
+
+def _check_held_out(e: Experiment, runs: Path) -> None:
+    """Make sure that no run that this one builds on has trained on images that are held out here."""
+    for source in (e.start, e.teacher, e.reference):
+        if e.holdout and source and source.startswith(RUN):
+            there = read_notes(runs / source.removeprefix(RUN) / WEIGHTS).get(HOLDOUT)
+            if there is not None and int(there) != e.holdout:
+                raise RankPruneError(
+                    f"{source!r} held out {there} training images, this run {e.holdout}: it has seen images that are tested on "
+                    "here; run that experiment with the same holdout first"
+                )
+
+
 def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> float | None:
     """What the result of a dense run says, on the same images, where its weights are not here (but on another machine)."""
     name = source.removeprefix(RUN)
@@ -149,8 +186,9 @@ def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> 
     return there.get("top1_dense") if all(there.get(key) == result[key] for key in images) else None
 
 
-def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor, rule: RankRule) -> dict[str, Any]:
-    batch = next(data.test(batch=64))[0]
+def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
+    rule = parse_rule(e.trp.rule)
+    batch = next(data.test(batch=(e.trp.batch or 1) if rule.metric == "latency" else TIMED))[0]
     before, after = count(model, x), count(small, x)
     backend, threads = (rule.backend, rule.threads) if isinstance(rule, Budget) else ("eager", None)
     found = compare({"dense": model, "small": small}, batch, [backend], threads=threads, rounds=30)
@@ -215,12 +253,15 @@ def provenance() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the checkout this file is in, with a + if files but results differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if not git("ls-files", here.name):  # installed into someone else's
+            return None
         made_by = ":/src", ":/benchmarks", ":(top,exclude)benchmarks/results", ":/pyproject.toml"
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *made_by)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")

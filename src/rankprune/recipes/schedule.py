@@ -41,6 +41,11 @@ class TrainConfig:
             raise RankPruneError(f"epochs={self.epochs}, checkpoint_steps={self.checkpoint_steps}: give 0 or more")
         if not self.lr > 0:
             raise RankPruneError(f"lr={self.lr}: give a positive learning rate")
+        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0 or self.warmup_steps < 0:
+            raise RankPruneError(
+                f"momentum={self.momentum}, weight_decay={self.weight_decay}, warmup_steps={self.warmup_steps}: give a "
+                "momentum from 0 to below 1, the others 0 or more"
+            )
         if self.precision not in get_args(Precision):
             raise RankPruneError(f"precision={self.precision!r}: choose one of {', '.join(get_args(Precision))}")
         if not 0 <= self.label_smoothing < 1:

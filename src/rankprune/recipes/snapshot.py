@@ -11,6 +11,7 @@ from torch import nn
 
 from rankprune.errors import CheckpointError
 from rankprune.recipes.progress import EpochLog, Journal
+from rankprune.recipes.settings import in_force
 from rankprune.trp import TRP
 
 
@@ -63,14 +64,6 @@ def read_snapshot(
     if trp is not None:
         trp.load_state_dict(state["trp"])
     torch.set_rng_state(state["rng"])
-    if state["rng_cuda"]:
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
+    torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])  # there may be fewer now
     log = [EpochLog(**entry) for entry in state["log"]]
     return Journal(log, **{name: state[name] for name in ("step", "loss_sum", "seconds", "waited") if name in state})
-
-
-def in_force(settings: Any) -> Any:
-    """`settings` without what is off (0, None, ""), so that runs outlive the arrival of an option that is off."""
-    if not isinstance(settings, dict):
-        return settings
-    return {name: in_force(value) for name, value in settings.items() if value}

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Batches
 from rankprune.recipes.objective import loss_of, taught
 from rankprune.recipes.progress import EpochLog, Journal, Progress
-from rankprune.recipes.schedule import TrainConfig, learning_rate
+from rankprune.recipes.schedule import Precision, TrainConfig, learning_rate
 from rankprune.recipes.snapshot import read_snapshot, write_snapshot
 from rankprune.trp import TRP
 
@@ -29,6 +29,13 @@ def has_native_bfloat16(device: torch.device) -> bool:
         known = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return False
+
+
+def precision_on(device: torch.device, config: TrainConfig) -> Precision:
+    """The precision of a training there: config.precision, or what "auto" comes to."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if has_native_bfloat16(device) else "float32"
 
 
 def train(
@@ -71,11 +78,11 @@ def train(
         nesterov=config.momentum > 0,
     )
     answers_of = taught(teacher, config.compile) if teacher is not None and config.distill else None  # before the model changes
-    settings = {"identity": dict(identity or {}), **_settings(config, batches, trp)}
+    precision = precision_on(device, config)
+    settings = {"identity": dict(identity or {}), **_settings(replace(config, precision=precision), batches, trp)}
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_native_bfloat16(device))
     together = dist.is_available() and dist.is_initialized()
     shared = nn.parallel.DistributedDataParallel(model) if together else model
     forward = torch.compile(shared, dynamic=False) if config.compile else shared
@@ -95,7 +102,7 @@ def train(
                 lr = learning_rate(config, epoch * len(batches) + i, total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     logits = forward(images)
                     answers = answers_of(images) if answers_of is not None else None
                 loss = loss_of(logits.float(), labels, answers, config)
@@ -157,6 +164,5 @@ def _attached(trp: TRP, optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _settings(config: TrainConfig, batches: Batches, trp: TRP | None) -> dict[str, Any]:
-    """All that has to be the same for a run to go on as it began; how often checkpoints are written may change."""
-    training = {name: value for name, value in asdict(config).items() if name != "checkpoint_steps"}
-    return {"training": training, "data": batches.settings, "trp": trp and trp.settings}
+    """All that has to be the same for a run to go on as it began."""
+    return {"training": asdict(config), "data": batches.settings, "trp": trp and trp.settings}

@@ -26,6 +26,7 @@ from rankprune.report.results import (
     method,
     plan_of,
     seeds_together,
+    told_apart,
 )
 from rankprune.report.tables import Table
 from rankprune.version import VERSION
@@ -89,9 +90,10 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
     by_macs: list[Point] = []
     by_ms: list[Point] = []
     legend: dict[str, tuple[int, str]] = {}
+    name_of = told_apart(results)
     for group in seeds_together(results):
         r, tops = mean_of(group), [accuracy(g) for g in group]
-        top, name = sum(tops) / len(tops), label(r)
+        top, name = sum(tops) / len(tops), name_of(r)
         dense = r["method"] == "dense"
         colour, shape = (0, "bar") if dense else (colours[method(r)], SHAPES.get(r["scheme"], "diamond"))
         legend[name] = colour, shape

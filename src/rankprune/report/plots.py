@@ -3,12 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, accuracy, compared, label, macs, mean_of, seeds_together
+from rankprune.report.results import Result, accuracy, compared, macs, mean_of, seeds_together, told_apart
 from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
@@ -62,15 +63,17 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        name_of, dashes = told_apart([group[0] for group in groups]), cycle(("--", ":", "-."))
         for group in groups:
             tops = [accuracy(r) for r in group]
             mean = sum(tops) / len(tops)
             spread = (max(tops) - min(tops)) / 2
-            lines[label(group[0])].append((macs(mean_of(group)) / group[0]["macs_dense"], mean, spread))
+            lines[name_of(group[0])].append((macs(mean_of(group)) / group[0]["macs_dense"], mean, spread))
         for name, points in lines.items():
             shares, tops, spreads = zip(*sorted(points), strict=True)
             if name.startswith("dense"):
-                ax.axhline(max(tops), color="grey", linewidth=1, linestyle="--", label=name)
+                for top in tops:
+                    ax.axhline(top, color="grey", linewidth=1, linestyle=next(dashes), label=name)
             else:
                 ax.errorbar(shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name)
         ax.set(title=title, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))

@@ -3,12 +3,13 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.plan import Plan
+from rankprune.recipes.settings import in_force
 
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
@@ -65,11 +66,11 @@ def in_order(results: Sequence[Result]) -> list[Result]:
 def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     """The results grouped by experiment: those in one group differ in their seed only, also in that of what they build on.
 
-    Settings that are off count as left out, for older results lack those that came later.
+    Settings that are off count as left out, for older results lack those that came later, and so do those without effect.
     """
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
-        config = {k: _chosen(v) for k, v in r["config"].items() if v and k not in ("name", "reference")}
+        config = {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
         key = json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])
         again = 0  # the same seed twice is two experiments, whatever they differ in
         while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
@@ -89,10 +90,10 @@ def mean_of(group: Sequence[Result]) -> Result:
 
 
 def _chosen(value: Any) -> Any:
-    """A table of settings without the seed and those that are off; where weights come from without the seed of that run."""
+    """A table of settings without the seed; where weights come from without the seed of that run."""
     if isinstance(value, str):
         return _without_seed(value)
-    return {k: v for k, v in value.items() if v and k != "seed"} if isinstance(value, dict) else value
+    return {k: v for k, v in value.items() if k != "seed"} if isinstance(value, dict) else value
 
 
 def _without_seed(name: str) -> str:
@@ -107,6 +108,14 @@ def label(r: Result) -> str:
     words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
     words += ["from scratch"] if from_scratch(r) else []
     return " ".join(word for word in words if word)
+
+
+def told_apart(results: Sequence[Result]) -> Callable[[Result], str]:
+    """What to call each of these beside the others: its label, with its epochs where that label was trained for others too."""
+    epochs: dict[str, set[int]] = defaultdict(set)
+    for r in results:
+        epochs[label(r)].add(r.get("epochs", 0))
+    return lambda r: label(r) + (f", {r['epochs']} epochs" if len(epochs[label(r)]) > 1 else "")
 
 
 def method(r: Result) -> str:
