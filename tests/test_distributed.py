@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from coloured import coloured, write_parquet
+from rankprune import distributed
 from rankprune.distributed import Team, sharded_like
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import TrainBatches
@@ -149,6 +150,18 @@ def test_work_is_shared_out_by_cost() -> None:
     loads = [sum(cost for name, cost in costs.items() if owners[name] == rank) for rank in range(3)]
     assert sorted(loads) == [8.0, 11.0, 11.0]
     assert owners == team.owners(dict(reversed(costs.items()))), "all processes must come to the same"
+
+
+def test_weights_on_the_cpu_go_through_the_device_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(distributed, "_of_nccl", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor.clone())
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda tensor, **_: sent.append(tensor.fill_(7.0)))
+    target = torch.zeros(3)
+    Team.alone()._broadcast(target, 1)
+    assert sent[0] is not target
+    assert target.tolist() == [7.0] * 3
 
 
 def test_alone_nothing_is_communicated() -> None:

@@ -1,14 +1,17 @@
 """What a sceptical user tried on the library: strange models, exchanged weights, misused arguments."""
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankprune as rp
+from rankprune.backends import BACKENDS
 
 
 def network() -> nn.Sequential:
@@ -221,3 +224,13 @@ def test_an_edited_plan_decomposes_but_is_not_saved_as_what_it_is_not(tmp_path):
     assert small[2][0].out_features == 3
     with pytest.raises(rp.CheckpointError, match="with that very plan"):
         rp.save(tmp_path, small, plan)
+
+
+def test_a_package_that_is_there_but_does_not_work_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError('libtbb.so.12 is missing\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    with pytest.raises(
+        rp.MissingExtraError, match=r"'openvino', which cannot be imported \(libtbb.so.12 is missing\); install"
+    ):
+        BACKENDS["openvino"].require()

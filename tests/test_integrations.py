@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import rankprune as rp
 import toy
-from rankprune.integrations.callback import OwnsTRP, on_device
+from rankprune.backends.base import on_device
+from rankprune.integrations.callback import OwnsTRP
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate"])
@@ -49,11 +50,19 @@ def test_a_wrong_name() -> None:
         OwnsTRP(rule=rp.Energy(0.9), evry=3).start(nn.Linear(4, 4), 1, None)
 
 
+class Named(NamedTuple):
+    x: torch.Tensor
+    scale: int
+
+
 def test_example_inputs_come_to_the_models_device() -> None:
     moved = on_device({"x": (torch.zeros(2), [torch.zeros(3), 4])}, torch.device("meta"))
     assert moved["x"][0].is_meta
     assert moved["x"][1][0].is_meta
     assert moved["x"][1][1] == 4
+    named = on_device(Named(torch.zeros(2), 4), torch.device("meta"))
+    assert isinstance(named, Named)
+    assert named.x.is_meta
 
 
 def test_nothing_to_finalize() -> None:

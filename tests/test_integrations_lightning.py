@@ -279,6 +279,42 @@ def test_two_parts_have_a_callback_each(tmp_path: Path) -> None:
     assert {"features/rankprune/macs", "head/rankprune/macs"} <= runner.logged_metrics.keys()
 
 
+def test_two_names_on_one_optimizer(tmp_path: Path) -> None:
+    def fit(epochs: int, **more: Any) -> tuple[TRPCallback, TRPCallback, pl.Trainer, pl.LightningModule]:
+        a, b = (callback(name=name, include=[f"{name}.*"], ramp=8) for name in ("features", "head"))
+        runner, module = trainer(a, b, max_epochs=epochs, logger=CSVLogger(tmp_path)), Lit()
+        runner.fit(module, loader(), **more)
+        return a, b, runner, module
+
+    *whole, _, module = fit(toy.EPOCHS)
+    fit(1)[2].save_checkpoint(tmp_path / "half.ckpt")
+    *resumed, runner, other = fit(toy.EPOCHS, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    toy.same_weights(other, module)
+    assert [{layer.split(".")[0] for layer in trp.trp.plan.ranks} for trp in whole] == [{"features"}, {"head"}]
+    assert [trp.trp.steps for trp in resumed] == [20, 20]
+    assert {"features/rankprune/macs", "head/rankprune/macs"} <= runner.logged_metrics.keys()
+
+
+def test_shares_of_a_training_whose_steps_are_taken_by_hand_are_refused() -> None:
+    with pytest.raises(rp.RankPruneError, match="manual optimization"):
+        trainer(of_the_head(ramp=0.5)).fit(BothStep(), loader())
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, Late])
+def test_a_fit_that_has_ended_keeps_its_state(tmp_path: Path, strategy: type[SingleDeviceStrategy]) -> None:
+    def fit(checkpoint: Path | None = None) -> tuple[TRPCallback, pl.Trainer, Lit]:
+        trp, module = callback(), Lit()
+        runner = trainer(trp, strategy=strategy("cpu"))
+        runner.fit(module, loader(), ckpt_path=checkpoint)
+        return trp, runner, module
+
+    ended, runner, _ = fit()
+    runner.save_checkpoint(tmp_path / "it.ckpt")
+    again, *_ = fit(tmp_path / "it.ckpt")
+    assert (again.trp.steps, again.trp.history, again.trp.plan) == (20, ended.trp.history, ended.trp.plan)
+    toy.same_weights(again.finalize(), ended.finalize())
+
+
 def test_a_share_of_an_endless_training() -> None:
     with pytest.raises(rp.RankPruneError, match="length of this training is not known"):
         trainer(callback(), max_epochs=-1).fit(Lit(), loader())

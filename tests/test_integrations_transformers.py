@@ -28,7 +28,7 @@ def trainer(folder: Path, model: torch.nn.Module, **settings: Any) -> Trainer:
         "use_cpu": True,
     }
     args = TrainingArguments(folder, **{**defaults, **settings})
-    return Trainer(model, args, train_dataset=toy.Data(), optimizers=(toy.sgd(model), None))
+    return Trainer(model, args, train_dataset=toy.Data(), eval_dataset=toy.Data(), optimizers=(toy.sgd(model), None))
 
 
 def callback(**more: Any) -> TRPCallback:
@@ -142,6 +142,40 @@ def test_among_the_trainers_callbacks(tmp_path: Path, reporters: list[str]) -> N
     runner.train()
     toy.same_weights(model, expected.model)
     assert "rankprune/params" in runner.state.log_history[0]
+
+
+def test_two_parts_have_a_callback_each(tmp_path: Path) -> None:
+    def fit(checkpoint: Path | None = None, **names: str) -> tuple[TRPCallback, TRPCallback, toy.Net, Trainer]:
+        model = toy.Net()
+        runner = trainer(tmp_path / "run", model, save_strategy="steps", save_steps=6)
+        features = callback(include=["features.*"], **{"name": "features"} | names).attach(runner)
+        head = callback(include=["head.*"], **{"name": "head"} | names).attach(runner)
+        runner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return features, head, model, runner
+
+    *whole, expected, _ = fit()
+    *resumed, model, runner = fit(tmp_path / "run" / "checkpoint-6")
+    toy.same_weights(model, expected)
+    for trp, uninterrupted in zip(resumed, whole, strict=True):
+        assert trp.trp.history == uninterrupted.trp.history != []
+    assert {"features/rankprune/macs", "head/rankprune/macs"} <= runner.state.log_history[-2].keys()
+    with pytest.raises(rp.RankPruneError, match="two callbacks are named 'both'"):
+        fit(name="both")
+
+
+def test_a_best_checkpoint_from_within_the_ramp_is_told_of(tmp_path: Path) -> None:
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    for best, ramp in ((4, 0.5), (20, 0.5), (4, 0.1)):
+        runner = trainer(
+            tmp_path, toy.Net(), **often, load_best_model_at_end=True, metric_for_best_model="closeness", greater_is_better=True
+        )
+        runner.evaluate = lambda *_, best=best, runner=runner, **__: {"eval_closeness": -abs(runner.state.global_step - best)}
+        trp = callback(ramp=ramp).attach(runner)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            runner.train()
+        told = [str(w.message) for w in told if "before the ramp ended" in str(w.message)]
+        assert len(told) == (best < trp.trp.schedule.ramp), (best, ramp)
 
 
 def test_another_training_starts_anew_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from own_clock import budget, measured, network
 from rankprune.backends import Program
 from rankprune.comparison import compare
 from rankprune.cost import Inputs
+from rankprune.distributed import Team
 from rankprune.latency import Setting, Subject, measure_layer, meter, ranks_to_try
 from rankprune.latency.cache import LatencyCache
 from rankprune.latency.followers import followers
+from rankprune.planner import Planner
 from rankprune.schemes import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("cache_by_own_clock")
@@ -126,6 +128,40 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
     first, second = (measure_layer(model, x, "5", subject, "timeless") for subject in (once, twice))
     assert second.dense_ns == pytest.approx(2 * first.dense_ns, rel=1e-4)
     assert second.pair_ns["spatial"][16] == pytest.approx(2 * first.pair_ns["spatial"][16], rel=1e-4)
+
+
+def test_networks_that_look_alike_are_other_networks() -> None:
+    x = torch.randn(2, 4, 32)
+    one, two = (nn.TransformerEncoderLayer(32, heads, 64, batch_first=True).eval() for heads in (1, 4))
+    assert str(one) == str(two)
+    wrapped, plain = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+    forward = wrapped.forward
+    wrapped.forward = lambda x: forward(x)
+    for a, b in ((one, two), (wrapped, plain)):
+        assert meter._described(a, x) == meter._described(a, x) != meter._described(b, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = meter._described(plain, x)
+    assert narrow != meter._described(plain, x)
+
+
+def test_a_model_that_was_moved_is_timed_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here(own_clock.Timeless):
+        cpu_only = True
+
+        def placed(self, x: Inputs) -> Inputs:
+            return x
+
+        def placed_model(self, model: nn.Module) -> nn.Module:
+            return model
+
+    own_clock.add(monkeypatch, Here())
+    model, x = network()
+    model[3] = nn.Identity()  # whose buffers could not be looked at after the move
+    planner = Planner(model, scheme="auto", rule=budget(0.7), example_inputs=x)
+    planner.join(Team.alone())
+    model.to("meta")
+    assert planner.latency is not None
+    assert planner.latency.correct(Team.alone(), {"5": ("spatial", 16)})
 
 
 def test_measuring_leaves_random_numbers_as_they_are(cache_by_own_clock: Path) -> None:

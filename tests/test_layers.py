@@ -1,5 +1,6 @@
 import contextlib
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -381,6 +382,24 @@ def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
     kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
     with pytest.raises(rp.RankPruneError, match="fully_shard"):
         rp.make_plan(kind(nn.Linear(8, 8), nn.Linear(8, 8)), rule=rp.FixedRank(2))
+
+
+@pytest.mark.parametrize("outer", ["", "1"])
+def test_what_runs_inside_a_function_that_a_copy_would_share_stays(outer: str) -> None:
+    inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 32))
+    around = model.get_submodule(outer)
+    forward = around.forward
+    around.forward = lambda x: forward(x)
+    if not outer:
+        with pytest.raises(rp.RankPruneError, match=r"no layer to decompose.*the forward of the model has been replaced"):
+            rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
+        around.forward = MethodType(type(around).forward, around)
+        assert len(rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]).ranks) == 3
+        return
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
+    assert plan.ranks.keys() == {"0", "2"}
+    assert "the forward of '1' has been replaced on the instance by a function" in plan.skipped["1.0"]
 
 
 def test_a_compiled_layer_inside_a_model_still_runs() -> None:

@@ -48,6 +48,11 @@ def sharded_like(whole: Tensor, target: Tensor) -> Tensor:
     return replicated.redistribute(placements=target.placements)  # type: ignore[attr-defined]
 
 
+def _of_nccl() -> torch.device:
+    """The device that this process communicates from under NCCL."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class Team:
     """The processes of a group; with torch.distributed not initialised, a team of one.
 
@@ -142,7 +147,12 @@ class Team:
                 targets[name].copy_(part.view(targets[name].shape))
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
-        dist.broadcast(tensor, group=self._group, group_src=source)
+        if tensor.device.type == "cpu" and dist.get_backend(self._group) == "nccl":  # trainers move models away in the end
+            staged = tensor.to(_of_nccl())
+            dist.broadcast(staged, group=self._group, group_src=source)
+            tensor.copy_(staged)
+        else:
+            dist.broadcast(tensor, group=self._group, group_src=source)
 
     def _scatter(self, target: Any, value: Tensor | None, source: int) -> None:
         from torch.distributed.tensor import distribute_tensor

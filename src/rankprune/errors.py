@@ -1,5 +1,7 @@
 """The exceptions. All derive from RankPruneError; messages name the failing value and the way out."""
 
+import sys
+
 
 class RankPruneError(ValueError):
     """A user's mistake, or an input rankprune cannot work with."""
@@ -18,7 +20,9 @@ class ExportError(RankPruneError):
 
 
 class MissingExtraError(RankPruneError, ImportError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed, or does not work here; raised where its import has failed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"this needs the package {package!r}; install it with: pip install 'rankprune[{extra}]'")
+        cause = sys.exception()
+        why = f", which cannot be imported ({str(cause).splitlines()[0]})" if cause is not None and str(cause) else ""
+        super().__init__(f"this needs the package {package!r}{why}; install it with: pip install 'rankprune[{extra}]'")

@@ -55,12 +55,13 @@ def _export(
     check_folder(path)
     model = unwrap(model)
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        model, x = backend.placed_model(model), backend.placed(x)  # a GPU computes in another precision
         expected = tensors(call(model, x))
         draft = Path(folder) / path.name
         open_batch = backend.opens_batch if dynamic_batch is None else dynamic_batch
         try:
             backend.write(model, x, draft, open_batch)
-            found = backend.read(draft)(backend.placed(x))
+            found = backend.read(draft)(x)
             differences = [_difference(a, b) for a, b in zip(expected, found, strict=True)]
         except ExportError:
             raise

@@ -49,7 +49,7 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model))
-        times = time_together([eager_program(model, x) for model in models.values()], x, runs)
+        times = time_together([eager_program(model, x) for model in models.values()], x, runs, first.device)
     return {
         name: Timing(
             median_ms=statistics.median(values),
@@ -66,12 +66,17 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     }
 
 
-def time_together(programs: Sequence[Program], x: Inputs, rounds: int = 15) -> list[list[float]]:
+def time_together(
+    programs: Sequence[Program], x: Inputs, rounds: int = 15, device: torch.device | None = None
+) -> list[list[float]]:
     """Milliseconds of each program in each round: (programs, rounds).
 
     In a round all programs run in turn, so that a change of the machine's speed hits all alike; short ones run several times.
+
+    Args:
+        device: what they compute on; None is where the inputs are.
     """
-    synchronize = synchronizer(next((t.device for t in tensors(x)), torch.device("cpu")))
+    synchronize = synchronizer(device or next((t.device for t in tensors(x)), torch.device("cpu")))
     repeats = []
     for program in programs:
         program(x)  # the warm-up

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
 from rankprune.survey import Key
 
-_ATTACHED: "WeakSet[TRP]" = WeakSet()
+_ATTACHED: "WeakKeyDictionary[Optimizer, WeakSet[TRP]]" = WeakKeyDictionary()
 
 
 class TRP:
@@ -117,7 +117,7 @@ class TRP:
         processes the first one does that while the others wait, so the time-out of their group must be longer than it takes.
 
         Raises:
-            RankPruneError: if `optimizer` is none, if already attached, if another TRP that is attached has some of the same
+            RankPruneError: if `optimizer` is none, if already attached, if another TRP on this optimizer has some of the same
                 layers, if the optimizer does not hold their weights, or if a budget of latency cannot be met.
                 Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
             MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
@@ -130,11 +130,12 @@ class TRP:
         if self._handles:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
         weights = self._planner.weights()
-        for other in _ATTACHED:
+        for other in _ATTACHED.get(optimizer, ()):
             theirs = set(map(id, other._planner.weights().values()))
             if shared := [name for name, weight in weights.items() if id(weight) in theirs]:
                 raise RankPruneError(
-                    f"another TRP is attached that has {len(shared)} of these layers, too ({', '.join(shared[:3])}); call "
+                    f"another TRP is attached to this optimizer that has {len(shared)} of these layers, too "
+                    f"({', '.join(shared[:3])}); call "
                     "detach() on it first, or leave them out with exclude="
                 )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -151,7 +152,7 @@ class TRP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        _ATTACHED.add(self)
+        _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
         return self
 
     def detach(self) -> None:
@@ -159,7 +160,8 @@ class TRP:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _ATTACHED.discard(self)
+        for attached in _ATTACHED.values():
+            attached.discard(self)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -95,9 +95,10 @@ class Backend(ABC):
 
     def placed(self, x: Any) -> Any:
         """Inputs where its programs take them: on the CPU, if they run nowhere else."""
-        return each_leaf(lambda a: a.cpu() if isinstance(a, Tensor) else a, x) if self.cpu_only else x
+        return on_device(x, "cpu") if self.cpu_only else x
 
-    def _placed(self, model: nn.Module) -> nn.Module:
+    def placed_model(self, model: nn.Module) -> nn.Module:
+        """The model where its programs run: a copy on the CPU, if they run nowhere else and it is not there."""
         elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
         return with_pairs(model, {}, {}).cpu() if self.cpu_only and elsewhere else model
 
@@ -115,7 +116,7 @@ class Backend(ABC):
         self.require()
         x = self.placed(x)
         try:
-            programs = self._load_each([self._placed(model) for model in models], x)
+            programs = self._load_each([self.placed_model(model) for model in models], x)
             for program in programs:
                 program(x)  # some refuse only now
             return programs
@@ -147,7 +148,7 @@ class FileBackend(Backend):
         Args:
             dynamic_batch: leave the first axis of every input tensor open.
         """
-        self._write(self._placed(model), self.placed(x), path, dynamic_batch)
+        self._write(self.placed_model(model), self.placed(x), path, dynamic_batch)
 
     @abstractmethod
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None: ...
@@ -233,7 +234,14 @@ def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
         return {key: each_leaf(function, value) for key, value in values.items()}
     if type(values) in (tuple, list):
         return type(values)(each_leaf(function, value) for value in values)
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(each_leaf(function, value) for value in values))
     return function(values)
+
+
+def on_device(x: Any, device: torch.device | str) -> Any:
+    """Inputs with every tensor in them, however deep, on `device`."""
+    return each_leaf(lambda a: a.to(device) if isinstance(a, Tensor) else a, x)
 
 
 def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -1,12 +1,12 @@
 """What the callbacks of all trainers share: a TRP that is made when the training starts, since they come before its model."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rankprune.backends.base import on_device
 from rankprune.cost import Inputs
 from rankprune.errors import RankPruneError
 from rankprune.ranks import RankRule
@@ -20,6 +20,7 @@ class OwnsTRP:
         rule: decides the ranks at every projection, like ``Budget(macs=0.4)``.
         ramp, freeze: as in TRP in optimizer steps, or as floats from 0 to 1: shares of the whole training.
         example_inputs: as in TRP, on any device.
+        name: what to call it where a training has several, with other layers each: in checkpoints and before its metrics.
         settings: the other arguments of TRP.
 
     Attributes:
@@ -36,16 +37,17 @@ class OwnsTRP:
         ramp: int | float = 0,
         freeze: int | float | None = None,
         example_inputs: Inputs | None = None,
+        name: str = "",
         **settings: Any,
     ) -> None:
-        for name, value in (("ramp", ramp), ("freeze", freeze)):
+        for when, value in (("ramp", ramp), ("freeze", freeze)):
             if isinstance(value, float) and not 0 <= value <= 1:
                 raise RankPruneError(
-                    f"{name}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
+                    f"{when}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
                 )
         self.trp: TRP | None = None
         self.rule, self.ramp, self.freeze, self.example_inputs = rule, ramp, freeze, example_inputs
-        self.settings = settings
+        self.name, self.settings = name, settings
 
     @property
     def needs_length(self) -> bool:
@@ -75,6 +77,12 @@ class OwnsTRP:
         )
         return self.trp
 
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Those of the TRP, each after its name or `prefix`; none before there is one."""
+        found = {} if self.trp is None else self.trp.metrics()
+        prefix = self.name or prefix
+        return {f"{prefix}/{key}": value for key, value in found.items()} if prefix else found
+
     def stop(self) -> None:
         """Detach the TRP, if there is one."""
         if self.trp is not None:
@@ -87,17 +95,8 @@ class OwnsTRP:
             RankPruneError: if no training has started yet, and whatever TRP.finalize raises.
         """
         if self.trp is None:
-            raise RankPruneError("there is nothing to decompose yet: no training has started with this callback")
+            raise RankPruneError(
+                "there is nothing to decompose yet: no training has started with this callback, at least not in this process "
+                "(of those that a strategy like ddp_spawn starts, nothing stays; ddp has no such trouble)"
+            )
         return self.trp.finalize(into)
-
-
-def on_device(x: Any, device: torch.device) -> Any:
-    """`x` with every tensor in it, however deep, on `device`."""
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {key: on_device(value, device) for key, value in x.items()}
-    if isinstance(x, tuple | list):
-        moved = [on_device(value, device) for value in x]
-        return tuple(moved) if isinstance(x, tuple) else moved
-    return x

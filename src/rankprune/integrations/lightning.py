@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rankprune.errors import MissingExtraError
+from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
 from rankprune.layers import unwrap
 from rankprune.trp import TRP
@@ -19,7 +19,7 @@ class TRPCallback(OwnsTRP, Callback):
     Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5)`` among the Trainer's `callbacks`; after the fit
     ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
     each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. Several
-    parts of a module take a callback each.
+    parts of a module take a callback each, told apart by submodule, optimizer or `name`.
 
     Args:
         submodule: the name of the part to train with TRP, which example_inputs are then for, and which metrics are named
@@ -49,6 +49,11 @@ class TRPCallback(OwnsTRP, Callback):
         part = pl_module.get_submodule(self.submodule)
         trp = self.trp
         if trp is None or trp.model is not unwrap(part):
+            if self.needs_length and not pl_module.automatic_optimization:
+                raise RankPruneError(
+                    f"ramp={self.ramp}, freeze={self.freeze}: under manual optimization it is not known how many steps the "
+                    "optimizer will take; give whole numbers of steps"
+                )
             inputs = self.example_inputs
             if inputs is None and not self.submodule:
                 inputs = pl_module.example_input_array
@@ -74,11 +79,13 @@ class TRPCallback(OwnsTRP, Callback):
     ) -> None:
         """Log, where Lightning does."""
         if self.trp is not None and trainer._logger_connector.should_update_logs:  # log_dict takes 1 ms for each of the metrics
-            prefix = f"{self.submodule}/" if self.submodule else ""
-            pl_module.log_dict({f"{prefix}{name}": value for name, value in self.trp.metrics().items()})
+            pl_module.log_dict(self.metrics(self.submodule))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach."""
+        """Detach; after a fit that had nothing left to do, in the state that it was to go on from."""
+        if self.trp is not None and self._restored is not None:
+            self.trp.load_state_dict(self._restored)
+            self._restored = None
         self.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -87,8 +94,8 @@ class TRPCallback(OwnsTRP, Callback):
 
     @property
     def state_key(self) -> str:
-        """Where its state is in checkpoints: another place for each submodule and optimizer."""
-        return self._generate_state_key(submodule=self.submodule, optimizer=self.optimizer)
+        """Where its state is in checkpoints: another place for each submodule, optimizer and name."""
+        return self._generate_state_key(submodule=self.submodule, optimizer=self.optimizer, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning's checkpoints keep."""

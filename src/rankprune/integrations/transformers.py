@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rankprune.errors import MissingExtraError
+from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
 
 try:
@@ -29,7 +29,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
 
     Args:
         settings: those of TRP; a float as ramp or freeze is a share of the whole training, and example_inputs may be on any
-            device.
+            device. Several callbacks on one trainer, with other layers each, take a `name`.
 
     Attributes:
         trp: the TRP of the present or the last training; None before the first.
@@ -70,7 +70,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         trp = self.start(model, state.max_steps, self.example_inputs)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's has no hooks of its own
             optimizer = inner
-        restored = optimizer.param_groups[0].pop(_KEY, None)
+        restored = optimizer.param_groups[0].pop(self._key, None)
         if restored is not None:
             trp.load_state_dict(restored)
         elif state.global_step:
@@ -78,10 +78,19 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         trp.attach(optimizer)
         self._saving = optimizer.register_state_dict_post_hook(self._add_state)
 
+    @property
+    def _key(self) -> str:
+        return f"{_KEY}/{self.name}" if self.name else _KEY
+
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         # A callback is not told which folder is resumed from, but optimizers keep whatever a saved group of theirs holds.
+        group = state_dict["param_groups"][0]
+        if self._key in group:
+            raise RankPruneError(
+                f"two callbacks are named {self.name!r}, and one checkpoint cannot hold both: give each a name="
+            )
         if self.trp is not None:
-            state_dict["param_groups"][0][_KEY] = self.trp.state_dict()
+            group[self._key] = self.trp.state_dict()
 
     def on_log(
         self,
@@ -93,12 +102,19 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     ) -> None:
         """Add the metrics to what is logged, if it is of the training."""
         if self.trp is not None and logs is not None and "loss" in logs:
-            metrics = self.trp.metrics()
+            metrics = self.metrics()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Detach."""
+        """Detach, and warn if the weights are now those of a checkpoint from within the ramp."""
+        best, trp = getattr(state, "best_global_step", None), self.trp
+        if args.load_best_model_at_end and trp is not None and best and best < trp.schedule.ramp:
+            warnings.warn(
+                f"the best checkpoint, which was loaded, is of step {best}, before the ramp ended at {trp.schedule.ramp}: "
+                "finalize() will truncate more than this network was trained for; choose among checkpoints from after the ramp",
+                stacklevel=2,
+            )
         self.stop()
 
     def stop(self) -> None:

@@ -200,8 +200,20 @@ def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
     types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
-    digest = hashlib.sha256(f"{kind} {model} {types} {inputs} {more}".encode()).hexdigest()[:16]
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = torch.get_autocast_dtype(device) if narrowed else None
+    parts = [_plain_attributes(module) for module in model.modules()]
+    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {inputs} {autocast} {more}".encode()).hexdigest()[:16]
     return f"{type(model).__name__} {digest} on {list(shapes(x))}"
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, object]]:
+    """Those that a repr may leave out, such as the number of heads, and the name of a forward that wraps the module's own."""
+    own = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str)]
+    forward = vars(module).get("forward")
+    wrapper = [] if forward is None else [("forward", getattr(forward, "__qualname__", type(forward).__qualname__))]
+    return [(name, value) for name, value in own if name != "training"] + wrapper
 
 
 @torch.no_grad()

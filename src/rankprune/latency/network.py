@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.backends.base import shapes
+from rankprune.backends.base import on_device, shapes
 from rankprune.cost import Inputs
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
@@ -64,8 +64,9 @@ class NetworkLatency:
                     "before sharding them, and load its state_dict() into the one made after, before that is attached"
                 )
             try:
-                table = measure_table(self._model, self._x, self._subjects, self._backend, self._threads)
-                return correct_table(table, self._model, self._x, self._subjects, choose(table))
+                x = self._inputs
+                table = measure_table(self._model, x, self._subjects, self._backend, self._threads)
+                return correct_table(table, self._model, x, self._subjects, choose(table))
             except (MissingExtraError, ExportError) as error:
                 error.args = (f"{error}; or budget in MACs, like Budget(macs=0.5)",)
                 raise
@@ -99,7 +100,7 @@ class NetworkLatency:
                     stacklevel=2,
                 )
                 return table
-            return correct_table(table, self._model, self._x, self._subjects, variant, fit=fit)
+            return correct_table(table, self._model, self._inputs, self._subjects, variant, fit=fit)
 
         before, self.table = self.table, _of_first(team, corrected)
         return self.table != before
@@ -128,6 +129,11 @@ class NetworkLatency:
                 "round_to"
             )
         self.table = table
+
+    @property
+    def _inputs(self) -> Inputs:
+        """What the model is called with, where it is now: trainers move it."""
+        return on_device(self._x, next(self._model.parameters()).device)
 
     @property
     def _sharded(self) -> bool:
