@@ -200,8 +200,9 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["export", *MODEL, "--input", "1,5,32,32", "--out", "x.onnx"], "does not run on --input 1,5,32,32"),
         (
             ["train", "--method", "decompose", "--epochs", "5", "--lr", "1"],
-            "--epochs and --lr would do nothing: it trains nothing",
+            "--epochs and --lr would do nothing: --method decompose trains nothing",
         ),
+        (["train", "--time-batch", "8"], "--time-batch would do nothing: nothing goes by latency"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
         ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
         ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),

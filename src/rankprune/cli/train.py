@@ -14,6 +14,7 @@ from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import joined
 from rankprune.recipes.schedule import TrainConfig
+from rankprune.rules import parse_rule
 
 
 def train(
@@ -54,32 +55,19 @@ def train(
     """Train a ResNet with TRP, decompose it, and evaluate the decomposed model."""
     if model not in IMAGENET:
         refuse(context, "size", "workers", because=f"{model} is for small images, which are taken whole")
+    by_clock = parse_rule(rule).metric == "latency"
+    trp_only, training = (
+        ("every", "nuclear", "ramp", "freeze"),
+        ("epochs", "batch", "lr", "weight_decay", "precision", "compile"),
+    )
     if method == "dense":
-        refuse(
-            context,
-            "scheme",
-            "rule",
-            "every",
-            "nuclear",
-            "ramp",
-            "freeze",
-            "time_batch",
-            because="--method dense decomposes nothing",
-        )
+        refuse(context, "scheme", "rule", *trp_only, because="--method dense decomposes nothing")
     elif method.startswith("decompose"):
-        refuse(context, "every", "nuclear", "ramp", "freeze", because=f"--method {method} trains without TRP")
+        refuse(context, *trp_only, because=f"--method {method} trains without TRP")
     if method == "decompose":
-        refuse(
-            context,
-            "epochs",
-            "batch",
-            "lr",
-            "weight_decay",
-            "checkpoint_steps",
-            "precision",
-            "compile",
-            because="it trains nothing",
-        )
+        refuse(context, *training, "checkpoint_steps", because="--method decompose trains nothing")
+    if method == "dense" or not by_clock:
+        refuse(context, "time_batch", because="nothing goes by latency")
     sources = (data,) if data is not None and data.startswith(HUB) else ()
     experiment = experiments.Experiment(
         name=out.name,
@@ -99,7 +87,13 @@ def train(
             checkpoint_steps=checkpoint_steps,
         ),
         trp=experiments.TrpConfig(
-            rule=rule, scheme=scheme, every=every, nuclear=nuclear, ramp=ramp, freeze=freeze, batch=time_batch
+            rule=rule,
+            scheme=scheme,
+            every=every,
+            nuclear=nuclear,
+            ramp=ramp,
+            freeze=freeze,
+            batch=time_batch if by_clock else None,
         ),
         photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
     )
