@@ -159,8 +159,13 @@ def test_two_parts_have_a_callback_each(tmp_path: Path) -> None:
     for trp, uninterrupted in zip(resumed, whole, strict=True):
         assert trp.trp.history == uninterrupted.trp.history != []
     assert {"features/rankprune/macs", "head/rankprune/macs"} <= runner.state.log_history[-2].keys()
-    with pytest.raises(rp.RankPruneError, match="two callbacks are named 'both'"):
+    with pytest.raises(rp.RankPruneError, match="a TRPCallback named 'both' already"):
         fit(name="both")
+    both = [callback(include=["features.*"]), callback(include=["head.*"])]
+    runner = trainer(tmp_path / "run", toy.Net(), save_strategy="steps", save_steps=6)
+    runner.callback_handler.callbacks += both
+    with pytest.raises(rp.RankPruneError, match="two callbacks are named ''"):
+        runner.train()
 
 
 def test_a_best_checkpoint_from_within_the_ramp_is_told_of(tmp_path: Path) -> None:

@@ -385,27 +385,35 @@ def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
 
 
 @pytest.mark.parametrize("outer", ["", "1"])
-def test_what_runs_inside_a_function_that_a_copy_would_share_stays(outer: str) -> None:
+def test_a_forward_that_a_copy_would_share_is_refused(outer: str) -> None:
     inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
     model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 32))
     around = model.get_submodule(outer)
     forward = around.forward
-    around.forward = lambda x: forward(x)
-    if not outer:
-        with pytest.raises(rp.RankPruneError, match=r"no layer to decompose.*the forward of the model has been replaced"):
-            rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
-        around.forward = MethodType(type(around).forward, around)
-        assert len(rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]).ranks) == 3
-        return
     plan = rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
-    assert plan.ranks.keys() == {"0", "2"}
-    assert "the forward of '1' has been replaced on the instance by a function" in plan.skipped["1.0"]
+    around.forward = lambda x: forward(x)
+    with pytest.raises(rp.RankPruneError, match=f"the forward of '{outer or 'the model'}' has been replaced"):
+        rp.decompose(model, plan)
+    around.forward = MethodType(type(around).forward, around)
+    assert rp.count(rp.decompose(model, plan), torch.zeros(1, 32)).macs == 3 * 2 * 64
+
+
+@pytest.mark.parametrize("outer", ["", "1"])
+def test_a_method_that_is_compiled_is_not_in_the_copy(outer: str) -> None:
+    inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 32))
+    around = model.get_submodule(outer)
+    around.forward = torch.compile(around.forward, backend="eager")
+    small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]))
+    assert "forward" in vars(around)
+    assert rp.count(small, torch.zeros(1, 32)).macs == 3 * 2 * 64
 
 
 def test_a_compiled_layer_inside_a_model_still_runs() -> None:
     model, x = Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), torch.randn(2, 16)
     model.odd = torch.compile(model.odd, backend="eager")
     plan = rp.make_plan(model, x, rule=rp.FixedRank(2))
+    assert "odd._orig_mod.0" in plan.ranks
     project(model, plan)
     with torch.no_grad():
         assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)

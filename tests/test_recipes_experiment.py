@@ -145,7 +145,6 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         assert saved == json.loads(json.dumps(result))
         extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
         extra |= {"top1_before_finetuning"} if e.method == "decompose+finetune" else set()
-        extra |= {"precision"} if e.method != "decompose" else set()
         assert saved.keys() == ALWAYS | extra
         assert (saved["name"], saved["method"]) == (e.name, e.method)
         assert (saved["train_images"], saved["test_images"], saved["test_split"]) == (48, 30, "test")
@@ -201,6 +200,7 @@ def test_finetuning_goes_on_with_the_plan_it_began_with(folders: Folders, monkey
     result = run(begun, folders)
     assert min(result["ranks"].values()) > 1
     assert set(run(replace(begun, name="other"), folders)["ranks"].values()) == {1}
+    assert set(run(replace(begun, method="decompose"), folders)["ranks"].values()) == {1}, "which trains nothing"
 
 
 def test_a_network_under_a_budget_of_latency_is_timed_on_the_batch_of_the_budget(
@@ -270,6 +270,7 @@ def test_what_has_seen_the_held_out_images_is_refused(folders: Folders, role: st
     with pytest.raises(rp.RankPruneError, match="'run:all' held out 0 training images, this run 8"):
         run(building_on("run:all"), folders)
     assert run(building_on("run:part"), folders)["test_split"] == "holdout"
+    assert run(replace(building_on("run:part"), name="less", holdout=4), folders)["test_images"] == 4
 
 
 def test_start_from_a_file_and_what_is_missing(folders: Folders, tmp_path: Path) -> None:
@@ -332,7 +333,8 @@ def test_resnet18_on_photographs_goes_from_images_to_an_artefact(tmp_path: Path)
     with pytest.raises(KilledError):
         run(e, folders, killed_in_the_second_epoch)
     result = run(e, folders)
-    assert result.keys() == ALWAYS | DECOMPOSED | {"precision"}
+    assert result.keys() == ALWAYS | DECOMPOSED
+    assert {entry["precision"] for entry in result["log"]} <= {"float32", "bfloat16"}
     assert (result["train_images"], result["test_images"], result["dataset"]) == (12, 6, "two")
     assert 0.97 < 2.23 * result["macs"] / result["macs_dense"] <= 1
     assert result["macs_dense"] < 50e6, "counted at 32 x 32"

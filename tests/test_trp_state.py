@@ -357,9 +357,16 @@ def test_two_on_one_optimizer_with_layers_of_their_own() -> None:
     train(parts, second, range(10))
     exactly_same(parts, whole)
     a.finalize()
-    small = b.finalize()
+    b.finalize()
     assert a.plan is not None
-    exactly_same(rp.decompose(small, a.plan), alone.finalize())
+    assert b.plan is not None
+    both, small = a.plan | b.plan, alone.finalize()
+    assert alone.plan is not None
+    assert (both.ranks, both.params) == (alone.plan.ranks, alone.plan.params)
+    exactly_same(rp.decompose(parts, both), small)
+    for wrong in (alone.plan, rp.make_plan(nn.Sequential(nn.Linear(8, 8)), rule=rp.FixedRank(2), include=["*"])):
+        with pytest.raises(rp.RankPruneError, match=r"these plans are not|both plans give"):
+            a.plan | wrong
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

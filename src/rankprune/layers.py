@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def select(
     modules = dict(model.named_modules())
     holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
     shared = _shared_weights(holders)
-    reasons = {name: _unfit(name, m, shared, calls) or _around(name, modules) for name, m in holders.items()}
+    reasons = {name: _unfit(name, m, shared, calls) for name, m in holders.items()}
     fit = [name for name, reason in reasons.items() if reason is None]
     for kind, patterns in (("include", include or ()), ("exclude", exclude)):
         for pattern in patterns:
@@ -171,19 +170,6 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
     return None if calls is None else calls[name]
-
-
-def _around(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why a copy of the model would not run a pair in this layer's place, or None."""
-    parts = name.split(".")
-    for outer in (".".join(parts[:i]) for i in range(len(parts))):
-        if isinstance(modules[outer].__dict__.get("forward"), FunctionType):
-            what = repr(outer) if outer else "the model"
-            return (
-                f"the forward of {what} has been replaced on the instance by a function, which in a copy would still run the "
-                "original; use types.MethodType, or to compile it, model.compile()"
-            )
-    return None
 
 
 def _first_convolution_and_last_linear(holders: dict[str, nn.Module]) -> dict[str, str]:

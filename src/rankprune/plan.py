@@ -1,12 +1,12 @@
 """The Plan: what happens to each layer. Rules produce it; projection, decomposition, reports and checkpoints consume it."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankprune.errors import CheckpointError
+from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.latency import Setting
 
 FORMAT = 1
@@ -102,6 +102,29 @@ class Plan:
         if self.ms_dense is None:
             return None
         return self.ms_dense + sum((e.ms_after or 0) - (e.ms_before or 0) for e in self.layers)
+
+    def __or__(self, other: "Plan") -> "Plan":
+        """Both plans in one, for parts of a model that were planned apart; without times, for these do not add up.
+
+        Raises:
+            RankPruneError: if they are not of one model and the same example inputs, or give one layer a rank each.
+        """
+        mine, theirs = ([(e.name, e.kind, e.shape, e.macs_before) for e in plan.layers] for plan in (self, other))
+        if mine != theirs:
+            raise RankPruneError("these plans are not of the same model, or not of example inputs of the same shapes")
+        if both := sorted(self.projected.keys() & other.projected.keys()):
+            raise RankPruneError(f"both plans give the layers {both[:3]} a rank; leave them out of one with exclude=")
+        layers = [b if a.rank is None else a for a, b in zip(self.layers, other.layers, strict=True)]
+        return replace(
+            self,
+            layers=tuple(replace(e, ms_before=None, ms_after=None) for e in layers),
+            scheme=self.scheme if self.scheme == other.scheme else "auto",
+            rule=f"{self.rule}; {other.rule}",
+            ms_dense=None,
+            ms_measured=None,
+            setting=None,
+            input_shapes=(),
+        )
 
     def to_json(self) -> str:
         """The plan as a JSON text; from_json gives back an equal plan."""

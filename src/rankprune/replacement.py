@@ -1,7 +1,9 @@
 """A copy of a model with pairs of layers in the places of some of its layers."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +12,14 @@ from rankprune.errors import RankPruneError
 
 
 def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:
-    """A deep copy of the model with each planned layer's pair wherever the layer was referred to, also twice."""
+    """A deep copy of the model with each planned layer's pair wherever the layer was referred to, also twice.
+
+    What torch.compile has put in the place of a module's own methods, as in ``m.forward = torch.compile(m.forward)``, is left
+    out, for it runs the original.
+
+    Raises:
+        RankPruneError: if the model cannot be copied as usual, or would run original layers afterwards.
+    """
     memo: dict[int, Any] = {id(modules[name]): pair for name, pair in pairs.items()}
     for module in model.modules():  # weight_norm and the like keep a computed tensor, which deepcopy refuses
         for value in _non_leaves(list(module.__dict__.values())):
@@ -23,12 +32,30 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
     missing = [name for name, pair in pairs.items() if copied.get(name) is not pair]
     if missing:
         raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
+    for name, module in model.named_modules():
+        if name in pairs or name not in copied:
+            continue
+        for attribute in _compiled_methods(module):
+            del copied[name].__dict__[attribute]
+        inside = any(pair.startswith(f"{name}." if name else "") for pair in pairs)
+        if inside and isinstance(copied[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod"):
+            raise RankPruneError(
+                f"the forward of {name or 'the model'!r} has been replaced on the instance by a function, which in a copy "
+                "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "
+                "TRP.finalize(into=...)"
+            )
     for module in small.modules():  # keep these off their fast paths, which read linear1.weight
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
             module.activation_relu_or_gelu = 0
     return small
+
+
+def _compiled_methods(module: nn.Module) -> list[str]:
+    """The attributes of the instance that are its own methods, compiled."""
+    compiled = {name: value for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")}
+    return [name for name, value in compiled.items() if getattr(inspect.unwrap(value), "__self__", None) is module]
 
 
 def _non_leaves(value: Any) -> Iterator[Tensor]:

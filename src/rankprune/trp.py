@@ -35,8 +35,8 @@ class TRP:
     that it gives one are replaced by their truncated SVD; the next iteration then runs on low-rank weights (TRP's low-rank
     iteration). Other layers keep their full capacity. Energy and SingularValue give every layer a rank, as in the paper;
     those whose pairs would not be cheaper in the end stay dense. Parts of a model that want other settings take a TRP each,
-    of which no two have the same layers (`include`, `exclude`); after ``a.finalize()``, ``decompose(b.finalize(), a.plan)`` has
-    all parts decomposed.
+    of which no two have the same layers (`include`, `exclude`); once all are finalized, ``decompose(model, a.plan | b.plan)``
+    has all parts decomposed.
 
     Args:
         model: the dense model in training; compile and DataParallel wrappers are looked through.
@@ -160,7 +160,7 @@ class TRP:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for attached in _ATTACHED.values():
+        for attached in list(_ATTACHED.values()):
             attached.discard(self)
 
     def _before_step(

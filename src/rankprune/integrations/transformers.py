@@ -43,7 +43,13 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         self._saving: Any = None
 
     def attach(self, trainer: Trainer) -> "TRPCallback":
-        """Become the first of the trainer's callbacks, before those that report; returns self."""
+        """Become the first of the trainer's callbacks, before those that report; returns self.
+
+        Raises:
+            RankPruneError: if another one of the same name is among them.
+        """
+        if any(isinstance(other, TRPCallback) and other.name == self.name for other in trainer.callback_handler.callbacks):
+            raise RankPruneError(f"the trainer has a TRPCallback named {self.name!r} already; give each a name=")
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 

@@ -199,11 +199,13 @@ def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     """A text that differs where the network, its inputs or `more` differs."""
     inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
     types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
+    before = [_plain_attributes(module) for module in model.modules()]
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
+    after = [_plain_attributes(module) for module in model.modules()]
+    parts = [a for a, b in zip(before, after, strict=True) if a == b]  # a module may count its calls
     device = next((p.device.type for p in model.parameters()), "cpu")
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
-    parts = [_plain_attributes(module) for module in model.modules()]
     digest = hashlib.sha256(f"{kind} {model} {parts} {types} {inputs} {autocast} {more}".encode()).hexdigest()[:16]
     return f"{type(model).__name__} {digest} on {list(shapes(x))}"
 

@@ -25,8 +25,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochLog:
-    """One finished epoch: mean training loss, seconds taken, the ranks then in force (empty before a projection), and the part
-    of the seconds for which training waited for its input.
+    """One finished epoch: mean training loss, seconds taken, the ranks then in force (empty before a projection), the part
+    of the seconds for which training waited for its input, and what "auto" as precision came to.
     """
 
     epoch: int
@@ -34,6 +34,7 @@ class EpochLog:
     seconds: float
     ranks: dict[str, int]
     input_share: float | None = None
+    precision: str | None = None
 
 
 @dataclass

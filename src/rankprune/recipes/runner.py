@@ -31,13 +31,12 @@ from rankprune.recipes.networks import RUN, WEIGHTS, build, load_weights
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.settings import in_force
-from rankprune.recipes.training import precision_on, train
+from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
 
 TIMED = 64
 """Images in the batch that networks are timed on; where the rule goes by latency, it is the batch that it timed."""
-HOLDOUT = "holdout"
 
 
 def run(
@@ -75,10 +74,8 @@ def run(
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, model, {HOLDOUT: str(e.holdout)})
+    save_tensors(folder / WEIGHTS, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
     result = _describe(e, log, data) | found
-    if log:
-        result["precision"] = precision_on(torch.device(processes.device), e.training)
     if plan is None or small is None:
         cost = count(model, x)
         result |= {"macs_dense": cost.macs, "params_dense": cost.params}
@@ -123,7 +120,11 @@ def _train(
     if e.method == "dense":
         return learn(model), None, None, {}
     if e.method.startswith("decompose"):
-        plan = _plan_once(checkpoint, lambda: make_plan(model, x, scheme=scheme, rule=rule))
+
+        def plan_now() -> Plan:
+            return make_plan(model, x, scheme=scheme, rule=rule)
+
+        plan = plan_now() if e.method == "decompose" else _plan_once(checkpoint, plan_now)
         small = decompose(model, plan)
         if e.method == "decompose":
             return [], plan, small, {}
@@ -165,11 +166,11 @@ def _check_held_out(e: Experiment, runs: Path) -> None:
     """Make sure that no run that this one builds on has trained on images that are held out here."""
     for source in (e.start, e.teacher, e.reference):
         if e.holdout and source and source.startswith(RUN):
-            there = read_notes(runs / source.removeprefix(RUN) / WEIGHTS).get(HOLDOUT)
-            if there is not None and int(there) != e.holdout:
+            notes = read_notes(runs / source.removeprefix(RUN) / WEIGHTS)
+            if notes.get("dataset") == e.dataset and int(notes["holdout"]) < e.holdout:
                 raise RankPruneError(
-                    f"{source!r} held out {there} training images, this run {e.holdout}: it has seen images that are tested on "
-                    "here; run that experiment with the same holdout first"
+                    f"{source!r} held out {notes['holdout']} training images, this run {e.holdout}: it has seen images that "
+                    "are tested on here; run that experiment with the same holdout first"
                 )
 
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def train(
     )
     answers_of = taught(teacher, config.compile) if teacher is not None and config.distill else None  # before the model changes
     precision = precision_on(device, config)
-    settings = {"identity": dict(identity or {}), **_settings(replace(config, precision=precision), batches, trp)}
+    settings = {"identity": dict(identity or {}), **_settings(config, batches, trp)}
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)
@@ -119,7 +119,7 @@ def train(
                     write()
             mean, seconds = _finite(_over_processes(losses), epoch, config) / len(batches), time.perf_counter() - begin
             ranks = trp.plan.ranks if trp is not None and trp.plan is not None else {}
-            entry = EpochLog(epoch, mean, round(seconds, 2), ranks, round(stream.seconds / seconds, 4))
+            entry = EpochLog(epoch, mean, round(seconds, 2), ranks, round(stream.seconds / seconds, 4), precision)
             journal = Journal([*journal.log, entry])
             write()
     return journal.log

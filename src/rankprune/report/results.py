@@ -115,7 +115,7 @@ def told_apart(results: Sequence[Result]) -> Callable[[Result], str]:
     epochs: dict[str, set[int]] = defaultdict(set)
     for r in results:
         epochs[label(r)].add(r.get("epochs", 0))
-    return lambda r: label(r) + (f", {r['epochs']} epochs" if len(epochs[label(r)]) > 1 else "")
+    return lambda r: label(r) + (f", {r.get('epochs', 0)} epochs" if len(epochs[label(r)]) > 1 else "")
 
 
 def method(r: Result) -> str:
