@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/ready
 	$(BIN)/rankprune demo
 
-check: .venv/ready
+check: .venv/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -23,7 +23,7 @@ test-slow: .venv/ready
 
 # Into site/, for any web server or the browser; only the search needs a server, like python3 -m http.server -d site.
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The CIFAR-10 table: one command a row, dense networks first, for others build on them. Days on two cores; a killed run goes on.
 RUN := $(BIN)/rankprune bench run benchmarks/experiments

@@ -167,14 +167,14 @@ def test_what_runs_on_the_cpu_gets_model_and_inputs_there(name: str) -> None:
 
     backend, model, x = BACKENDS[name], Elsewhere(), {"x": [torch.zeros(2), 3], "y": (torch.zeros(1), "text")}
     assert backend.cpu_only == (name in ("onnxruntime", "openvino", "executorch"))
-    placed = backend._placed(model)
+    placed = backend.placed_model(model)
     assert (placed is model, placed.there) == ((False, False) if backend.cpu_only else (True, True))
     assert model.there
     assert backend.placed(x) == x
     with pytest.raises(NotImplementedError) if backend.cpu_only else nullcontext():  # no values to copy
         backend.placed({"x": [torch.zeros(2, device="meta")]})
     here = nn.Linear(2, 2)
-    assert backend._placed(here) is here
+    assert backend.placed_model(here) is here
 
 
 @pytest.mark.gpu

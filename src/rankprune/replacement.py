@@ -36,7 +36,7 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
         if name in pairs or name not in copied:
             continue
         for attribute in _compiled_methods(module):
-            del copied[name].__dict__[attribute]
+            copied[name].__dict__.pop(attribute, None)
         inside = any(pair.startswith(f"{name}." if name else "") for pair in pairs)
         if inside and isinstance(copied[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod"):
             raise RankPruneError(

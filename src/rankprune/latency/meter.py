@@ -210,7 +210,7 @@ def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     return f"{type(model).__name__} {digest} on {list(shapes(x))}"
 
 
-def _plain_attributes(module: nn.Module) -> list[tuple[str, object]]:
+def _plain_attributes(module: nn.Module) -> list[tuple[str, bool | int | float | str]]:
     """Those that a repr may leave out, such as the number of heads, and the name of a forward that wraps the module's own."""
     own = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str)]
     forward = vars(module).get("forward")
