@@ -1,6 +1,5 @@
 import contextlib
 from collections.abc import Callable
-from types import MethodType
 
 import pytest
 import torch
@@ -382,31 +381,6 @@ def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
     kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
     with pytest.raises(rp.RankPruneError, match="fully_shard"):
         rp.make_plan(kind(nn.Linear(8, 8), nn.Linear(8, 8)), rule=rp.FixedRank(2))
-
-
-@pytest.mark.parametrize("outer", ["", "1"])
-def test_a_forward_that_a_copy_would_share_is_refused(outer: str) -> None:
-    inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
-    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 32))
-    around = model.get_submodule(outer)
-    forward = around.forward
-    plan = rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
-    around.forward = lambda x: forward(x)
-    with pytest.raises(rp.RankPruneError, match=f"the forward of '{outer or 'the model'}' has been replaced"):
-        rp.decompose(model, plan)
-    around.forward = MethodType(type(around).forward, around)
-    assert rp.count(rp.decompose(model, plan), torch.zeros(1, 32)).macs == 3 * 2 * 64
-
-
-@pytest.mark.parametrize("outer", ["", "1"])
-def test_a_method_that_is_compiled_is_not_in_the_copy(outer: str) -> None:
-    inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
-    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 32))
-    around = model.get_submodule(outer)
-    around.forward = torch.compile(around.forward, backend="eager")
-    small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]))
-    assert "forward" in vars(around)
-    assert rp.count(small, torch.zeros(1, 32)).macs == 3 * 2 * 64
 
 
 def test_a_compiled_layer_inside_a_model_still_runs() -> None:

@@ -37,8 +37,8 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
             continue
         for attribute in _compiled_methods(module):
             copied[name].__dict__.pop(attribute, None)
-        inside = any(pair.startswith(f"{name}." if name else "") for pair in pairs)
-        if inside and isinstance(copied[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod"):
+        shared = isinstance(copied[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod")
+        if shared and any(pair.startswith(f"{name}." if name else "") for pair in pairs):
             raise RankPruneError(
                 f"the forward of {name or 'the model'!r} has been replaced on the instance by a function, which in a copy "
                 "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "

@@ -153,10 +153,10 @@ def _plan_once(checkpoint: Path, make: Callable[[], Plan]) -> Plan:
 
     def plan() -> dict[str, Plan]:
         if checkpoint.is_file() and kept.is_file():
-            return {"plan": Plan.from_json(kept.read_text())}
+            return {"plan": Plan.load(kept)}
         made = make()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(made.to_json())
+        made.save(kept)
         return {"plan": made}
 
     return team.share(lambda: plan() if team.rank == 0 else {})["plan"]
