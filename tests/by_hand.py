@@ -60,6 +60,7 @@ def as_matrices(weight: Tensor, scheme: str) -> Tensor:
         return weight.reshape(1, n, c * k1 * k2)
     if scheme == "spatial":
         return weight.permute(1, 2, 0, 3).reshape(1, c * k1, n * k2)
+    assert scheme == "decoupled"
     return weight.reshape(n, c, k1 * k2)
 
 

@@ -133,3 +133,38 @@ def test_the_model_is_left_as_it_was_and_no_inputs_are_an_error():
     assert not model[0]._forward_pre_hooks
     with pytest.raises(rp.RankPruneError, match="calibration= holds no inputs"):
         rp.decompose(model, plan, calibration=[])
+
+
+def test_every_sample_counts_the_same_however_they_are_batched():
+    model, x = nn.Sequential(nn.Linear(16, 12)), correlated(65, 16)
+    x[-1] *= 20
+    plan = rp.make_plan(model, rule=rp.FixedRank(4), include=["*"])
+    whole = rp.decompose(model, plan, calibration=[x])
+    parts = rp.decompose(model, plan, calibration=[x[:40], x[40:64], x[64:], x[:0]])
+    torch.testing.assert_close(parts(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_got_nothing_but_zeros_is_truncated_as_without_calibration():
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 12)), torch.randn(8, 16)
+    model[0].bias.data.fill_(-1e3)
+    plan = rp.make_plan(model, x, rule=rp.FixedRank(4), include=["*"], calibration=[x])
+    plain, calibrated = rp.decompose(model, plan), rp.decompose(model, plan, calibration=[x])
+    assert all(torch.equal(a, b) for a, b in zip(plain[2].parameters(), calibrated[2].parameters(), strict=True))
+
+
+def test_inputs_that_are_not_finite_are_named_and_not_the_weight():
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 12)), torch.randn(8, 16)
+    plan = rp.make_plan(model, rule=rp.FixedRank(4), include=["*"])
+    x[3, 4] = float("nan")
+    with pytest.raises(rp.RankPruneError, match="the input of layer '0' holds NaN"):
+        rp.decompose(model, plan, calibration=[x])
+
+
+def test_a_stack_of_encoders_with_a_padding_mask_is_calibrated():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = {"src": torch.randn(2, 3, 16), "src_key_padding_mask": torch.tensor([[False, False, True], [False, False, False]])}
+    plan = rp.make_plan(model, x, rule=rp.RankFraction(0.25), include=["*"], calibration=[x])
+    assert len(plan.ranks) == 4
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        assert rp.decompose(model, plan, calibration=[x])(**x).isfinite().all()

@@ -301,3 +301,14 @@ def test_modules_that_ask_for_their_formats_version_get_it(tmp_path):
     rp.save(tmp_path, rp.decompose(model, plan), plan)
     loaded = rp.load(tmp_path, nn.Sequential(nn.Linear(8, 8), Versioned(8, 8)))
     assert torch.equal(loaded[1].weight, model[1].weight)
+
+
+def test_a_model_that_ties_what_the_artefact_has_apart_is_refused(artefact: Path) -> None:
+    small, plan = decomposed(Net())
+    small.head.weight = nn.Parameter(torch.randn_like(small.table.weight))
+    rp.save(artefact, small, plan)
+    with pytest.raises(rp.CheckpointError, match=r"different values for 'table.weight' and 'head.weight'.*without tying"):
+        rp.load(artefact, Net())
+    apart = Net()
+    apart.head.weight = nn.Parameter(torch.zeros_like(apart.table.weight))
+    assert torch.equal(rp.load(artefact, apart).head.weight, small.head.weight)

@@ -317,3 +317,9 @@ def test_sparse_buffers() -> None:
     model = Graph()
     assert {row.name: row.macs for row in rp.count(model, torch.randn(8, 16)).layers} == {"body": 8 * 256, "head": 8 * 64}
     assert torch.equal(model.adjacency.to_dense(), torch.eye(8))
+
+
+def test_a_model_on_the_meta_device_with_statistics() -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), torch.zeros(1, 3, 5, 5)
+    assert rp.count(model, x).macs == 9 * 8 * 27

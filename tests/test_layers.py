@@ -105,6 +105,18 @@ class Tied(nn.Module):
         return self.b(self.a(x))
 
 
+class TiedBias(nn.Module):
+    """A linear layer whose bias is a scale's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.scale.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.a(x))
+
+
 def changed(change: Callable[[nn.Linear], object]) -> nn.Linear:
     layer = nn.Linear(16, 16)
     change(layer)
@@ -136,6 +148,7 @@ RUNNING = {
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5), "odd", "pruning"),
     "tied, first": (Tied, "odd.a", "shared with 'odd.b'"),
     "tied, second": (Tied, "odd.b", "shared with 'odd.a'"),
+    "tied bias": (TiedBias, "odd.a", "its bias is shared with 'odd.scale'"),
     "subclass": (lambda: Doubled(16, 16), "odd", "Doubled is a subclass of Linear"),
     "conv subclass": (lambda: OnFields(DoubledConv(4, 4, 1)), "odd.inner", "DoubledConv is a subclass of Conv2d"),
     "attention": (Attention, "odd.mix", "MultiheadAttention layers are not supported"),

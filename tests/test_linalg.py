@@ -141,6 +141,17 @@ def test_the_nuclear_subgradient_is_the_gradient_of_the_nuclear_norm() -> None:
     assert torch.allclose(linalg.nuclear_subgradient(matrix[None], factored(matrix[None]))[0], matrix.grad)
 
 
+@pytest.mark.parametrize("shape", [(300, 300), (300, 600), (600, 300)])
+def test_in_float32_the_nuclear_subgradient_reaches_as_far_into_the_tail(shape) -> None:
+    """Down to 1e-4 of the largest, where a Gram matrix in float32 says nothing of values, and little of vectors."""
+    matrix = matrix_with(torch.logspace(0, -4, 300, dtype=torch.float64), *shape, torch.float32)
+    (basis,) = linalg.bases([matrix[None]], ["a"], [None])
+    values = svd(linalg.nuclear_subgradient(matrix[None], basis)[0])[1]
+    assert values.min() > 0.1
+    assert values.max() < 3
+    assert ((values - 1).abs() < 0.01).sum() > 150
+
+
 def test_a_batch_equals_one_by_one() -> None:
     shapes = [(2, 8, 20), (1, 20, 8), (3, 8, 20), (1, 8, 20), (4, 5, 5)]
     stacks = [torch.randn(shape) for shape in shapes] + [torch.randn(2, 8, 20, dtype=torch.float64)]
@@ -219,6 +230,13 @@ def test_many_large_layers_are_factored_in_batches_of_limited_size(monkeypatch: 
     assert len(sizes) > 1
     assert max(sizes) <= 200 + 96
     assert all(torch.allclose(a.values, b.values) for a, b in zip(parts, whole, strict=True))
+
+
+def test_parts_hold_a_batch_of_values_and_any_single_one() -> None:
+    third = linalg._BATCH // 3
+    sizes = {"a": third, "b": third, "c": third + 3, "d": 5 * third, "e": 1, "f": 1}
+    assert list(linalg.in_parts(sizes)) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert list(linalg.in_parts({})) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -350,6 +368,12 @@ def test_the_whole_basis_where_a_start_does_not_pay_or_fit() -> None:
     assert linalg.bases([flat[None]], ["a"], [torch.linalg.qr(flat).Q[None, :, :50]])[0].values.shape[-1] in (66, 300)
     wrong = torch.eye(301)[None, :, :40]
     assert linalg.bases([flat[None]], ["a"], [wrong])[0].values.shape[-1] == 300
+
+
+def test_a_start_does_its_work_whatever_the_default_device() -> None:
+    matrix, start = drifted(300, 500, 40, 0.01)
+    with torch.device("meta"):
+        assert linalg.bases([matrix[None]], ["layer"], [start[None]])[0].values.shape[-1] < 300
 
 
 def test_a_start_does_not_hide_what_is_not_finite() -> None:

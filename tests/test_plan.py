@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import rankprune as rp
+from rankprune import linalg
 from rankprune.latency import Setting
+from rankprune.planner import Planner
 from rankprune.schemes import SCHEMES
 
 CHOICES = [*(name for name in SCHEMES if name != "linear"), "auto"]
@@ -346,3 +348,16 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     nn.init.constant_(model.grouped.weight[0], torch.nan)
     with pytest.raises(rp.FactorizationError, match="'grouped'"):
         rp.make_plan(model, rule=rp.Energy(0.9))
+
+
+def test_spectra_alone_are_the_same_and_nothing_else_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(ConvNet(), scheme="auto", rule=rp.FixedRank(2))
+    whole = planner.factor()
+    monkeypatch.setattr(linalg, "_BATCH", 2000)  # in several parts
+    alone = planner.factor(spectra_only=True)
+    assert not alone.stacks
+    assert not alone.bases
+    assert whole.spectra.keys() == alone.spectra.keys() == whole.bases.keys()
+    for key, spectrum in whole.spectra.items():
+        torch.testing.assert_close(alone.spectra[key].values, spectrum.values)
+    assert planner.plan(alone) == planner.plan(whole)

@@ -1,5 +1,6 @@
 """Copies of a model with pairs in it, where modules have methods of their own on the instance."""
 
+from collections import OrderedDict
 from types import MethodType
 
 import pytest
@@ -32,3 +33,14 @@ def test_a_method_that_is_compiled_is_not_in_the_copy(outer: str) -> None:
     small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]))
     assert "forward" in vars(around)
     assert rp.count(small, torch.zeros(1, 32)).macs == 3 * 2 * 64
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_without_pairs_keeps_its_fast_path() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    model = nn.Sequential(OrderedDict(embed=nn.Linear(16, 16), encoder=encoder, head=nn.Linear(16, 4))).eval()
+    small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(4), include=["embed"]))
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        assert torch.equal(small.encoder(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding))

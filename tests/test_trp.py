@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from by_hand import CONSIDERED, SCHEMES, as_matrices, assert_same, batches, network, reference, sgd, train
+from rankprune.planner import Planner
+from rankprune.projection import project_with_subgradients
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -112,3 +114,20 @@ def test_rank_of_the_weights_is_the_plans_and_stays(scheme: str) -> None:
     before = copy.deepcopy(model)
     rp.project(model, plan)
     assert_same(model, before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 10))
+    model[0].weight.data = torch.randn(300, 40) @ torch.randn(40, 300) / 300 + 0.01 * torch.randn(300, 300)
+    planner = Planner(model, scheme="channel", rule=rp.FixedRank(40))
+    before = planner.factor()
+    factored = planner.factor(planner.leading(planner.plan(before), before))
+    assert factored.spectra["0", "linear"].known < 300
+    plan = planner.plan(factored, rp.FixedRank(300))
+    assert not plan.projected
+    weight = model[0].weight.detach().clone()
+    term = project_with_subgradients(planner, plan, factored)["0"]
+    assert torch.equal(model[0].weight, weight)
+    u, _, vh = torch.linalg.svd(weight.double())
+    torch.testing.assert_close(term.double(), u @ vh, rtol=0, atol=1e-3)

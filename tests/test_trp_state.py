@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankprune as rp
+from rankprune.schemes import SCHEMES
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(9))
 
@@ -130,6 +131,22 @@ def test_detached_and_attached_again_goes_on() -> None:
     assert (trp2.steps, trp2.history, trp2.plan) == (10, trp.history, trp.plan)
 
 
+def test_a_state_with_nuclear_terms_in_a_training_without() -> None:
+    theirs = rp.TRP(network(), rule=rp.Energy(0.8), nuclear=1e-2)
+    theirs.project()
+    model, plain = network(), network()
+    optimizer, other = sgd(model), sgd(plain)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=3)
+    trp.load_state_dict(theirs.state_dict())
+    trp.attach(optimizer)
+    train(model, optimizer, range(2))
+    train(plain, other, range(2))
+    exactly_same(model, plain)
+    train(model, optimizer, range(2, 3))
+    assert trp.history[-1][0] == 3
+    assert not trp.state_dict()["subgradients"]
+
+
 @pytest.mark.parametrize("leave", ["detach", "finalize"])
 def test_no_hook_is_left(leave: str) -> None:
     model = network()
@@ -148,7 +165,7 @@ def test_no_hook_is_left(leave: str) -> None:
     rp.TRP(model, rule=rp.Energy(0.8)).attach(optimizer)
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "auto"])
+@pytest.mark.parametrize("scheme", [*(name for name in SCHEMES if name != "linear"), "auto"])
 def test_finalize_computes_what_the_projected_network_does(scheme: str) -> None:
     model = network()
     optimizer = sgd(model)
@@ -250,6 +267,31 @@ def test_finalize_in_the_ramp_applies_the_rule_in_full(rule: rp.Budget | rp.Ener
     trp.finalize()
     assert trp.plan == rp.make_plan(weights, X, rule=rule, scheme="channel")
     assert trp.plan.macs < before.macs
+
+
+def test_after_a_finalize_in_the_ramp_the_ramp_goes_on_also_resumed() -> None:
+    def fresh() -> rp.TRP:
+        return rp.TRP(network(), rule=rp.Budget(macs=0.5), scheme="channel", every=2, ramp=100, example_inputs=X)
+
+    trp, resumed = fresh(), fresh()
+    optimizer = sgd(trp.model)
+    trp.attach(optimizer)
+    train(trp.model, optimizer, range(5))
+    trp.finalize()
+    settings = trp.settings
+    in_full = relative_macs(trp.plan)
+    resumed.model.load_state_dict(trp.model.state_dict())
+    other = sgd(resumed.model)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(through_a_file(trp.state_dict()))
+    for t, o in ((trp, optimizer), (resumed, other)):
+        t.attach(o)
+        train(t.model, o, range(5, 10))
+    exactly_same(trp.model, resumed.model)
+    assert trp.plan == resumed.plan
+    assert relative_macs(trp.plan) > 1.2 * in_full
+    assert trp.settings == settings
+    assert settings["ramp"] == 100
 
 
 def test_frozen_ranks_are_constant_and_weights_keep_to_them() -> None:

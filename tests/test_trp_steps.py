@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import rankprune as rp
 from by_hand import CONSIDERED, assert_same, backward, batches, exactly_same, network, reference, sgd, train, truncate
+from rankprune.optimizer_step import add_to_gradients
 
 
 def stepped(
@@ -48,6 +50,41 @@ def test_closure_changes_nothing(step: Callable) -> None:
     plain, other = stepped(plainly, sgd)
     exactly_same(model, plain)
     assert (trp.steps, trp.history) == (8, other.history)
+
+
+class Derived(torch.optim.SGD):
+    """Its steps are steps of its base class, which has hooks called for both, and may fail first."""
+
+    fails = False
+
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        if self.fails:
+            raise RuntimeError("stop")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("step", [plainly, by_position, by_keyword])
+def test_a_step_that_calls_its_base_classs_is_one_step(step: Callable) -> None:
+    def derived(model: nn.Module) -> torch.optim.SGD:
+        return Derived(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+    plain, other = stepped(plainly, sgd)
+    model, trp = stepped(step, derived)
+    exactly_same(model, plain)
+    assert (trp.steps, trp.history) == (8, other.history)
+
+
+def test_steps_count_on_after_one_that_failed() -> None:
+    model = network()
+    optimizer = Derived(model.parameters(), lr=0.05)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=3).attach(optimizer)
+    optimizer.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="stop"):
+            optimizer.step()
+    optimizer.fails = False
+    train(model, optimizer, 3)
+    assert (trp.steps, len(trp.history)) == (3, 1)
 
 
 @pytest.mark.parametrize("step", [by_position, by_keyword])
@@ -192,3 +229,10 @@ def test_autocast_to_bfloat16(around: str) -> None:
     assert trp.plan is not None
     assert torch.linalg.matrix_rank(model.body.weight.detach().flatten(1), rtol=1e-5) == trp.plan.ranks["body"]
     assert_same(model, theirs, rtol=5e-2, atol=1e-2)
+
+
+def test_terms_follow_a_model_to_another_device() -> None:
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.zeros(2, 3, device="cuda"))
+        weight.grad = torch.zeros_like(weight)
+        add_to_gradients(torch.optim.SGD([weight]), {weight: torch.ones(2, 3)}, 0.1)

@@ -35,7 +35,7 @@ class Whitening:
 
 
 Whitenings = dict[tuple[str, str], Whitening]
-"""By (layer name, scheme name). Layers that a scheme sees no patches for (transposed convolutions) are absent."""
+"""By (layer name, scheme name). Absent are layers of which a scheme sees no patches (transposed ones), or that got none."""
 
 
 @torch.no_grad()
@@ -48,10 +48,10 @@ def whitenings(
     channel and linear the covariance is exact.
 
     Raises:
-        RankPruneError: if there are no inputs, or they are one tensor or dict instead of several.
+        RankPruneError: if there are no inputs, they are one tensor or dict instead of several, or a layer's is not finite.
     """
     check_batches(inputs)
-    sums: dict[tuple[str, str], Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}  # not means: truncation does not depend on the scale
 
     def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -59,21 +59,21 @@ def whitenings(
             patches = scheme.input_patches(module, x)
             if patches is not None:
                 patches = patches.double()
-                sums[key] = sums.get(key, 0) + patches.mT @ patches / patches.shape[1]
+                sums[key] = sums.get(key, 0) + patches.mT @ patches
 
         return hook
 
-    batches = 0
+    empty = True
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         for key, (module, scheme) in layers.items():
             stack.callback(module.register_forward_pre_hook(gather(key, scheme), with_kwargs=True).remove)
         for x in inputs:
             call(model, x)
-            batches += 1
-    if not batches:
+            empty = False
+    if empty:
         raise RankPruneError("calibration= holds no inputs; give a list of batches (an iterator is empty after its first use)")
-    return {key: _whitening(total / batches, layers[key][1].input_on_rows, key[0]) for key, total in sums.items()}
+    return {key: _whitening(total, layers[key][1].input_on_rows, key[0]) for key, total in sums.items() if total.any()}
 
 
 @torch.no_grad()
@@ -83,8 +83,13 @@ def _whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
     Directions with less than 1e-6 of the mean variance count as having that much, so that the root can be inverted.
 
     Raises:
-        FactorizationError: naming the layer, if the covariance is not finite.
+        RankPruneError: naming the layer, if the covariance is not finite.
     """
+    if not covariance.isfinite().all():
+        raise RankPruneError(
+            f"the input of layer {name!r} holds NaN or infinite values on these calibration inputs; look for them in the "
+            "inputs, or, if the model is in half precision, calibrate in float32"
+        )
     basis = bases([covariance.double()], [name])[0]  # the singular vectors of a covariance are its eigenvectors
     values, vectors = basis.values, basis.vectors
     floor = 1e-6 * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)

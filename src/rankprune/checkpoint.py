@@ -195,6 +195,7 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             f"{source!r} does not fit this {type(model).__name__}: {'; '.join(problems[:5])}{more}. Build the model as it was "
             "when it was saved"
         )
+    _check_ties(model, tensors, source)
     with torch.no_grad():
         for name, slot in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors and slot.dtype != tensors[name].dtype:
@@ -204,6 +205,21 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     complete = OrderedDict(tensors)
     complete._metadata = own._metadata  # type: ignore[attr-defined]  # some modules ask it for the version of their format
     model.load_state_dict(complete)
+
+
+def _check_ties(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that names for one tensor of the model have equal values; of others the last one would win."""
+    first: dict[int, str] = {}
+    slots = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, slot in slots:
+        if name not in tensors:
+            continue
+        one, other = tensors[first.setdefault(id(slot), name)], tensors[name]
+        if one is not other and (one.dtype != other.dtype or not torch.equal(one, other)):
+            raise CheckpointError(
+                f"{source!r} holds different values for {first[id(slot)]!r} and {name!r}, which are one tensor in this "
+                f"{type(model).__name__}. Build the model without tying them"
+            )
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

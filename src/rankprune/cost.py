@@ -84,7 +84,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     reshard(model)
     modes = {m: m.training for m in model.modules()}
     buffers = {module: dict(module._buffers.items()) for module in modes}
-    values = [(b, b.detach().clone()) for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
+    buffered = [b for b in model.buffers() if not b.is_meta and not isinstance(b, nn.UninitializedBuffer)]
+    values = [(b, b.detach().clone()) for b in buffered]
     devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
@@ -114,10 +115,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """`undisturbed`, for passes that hooks watch: what is compiled in the model runs as it is, for it would call no hooks.
 
-    Nor does it meet the modes of such a pass, after which torch.compile would leave it alone for good.
+    Nor does it meet the modes of such a pass, after which torch.compile would leave it alone for good. The fast path of
+    MultiheadAttention is off, which calls no modules, or calls them with nested tensors.
     """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     with undisturbed(model), torch.compiler.set_stance("force_eager"):
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -163,9 +170,6 @@ def count(model: nn.Module, x: Inputs) -> Count:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
             stack.enter_context(_watched(module, read))
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(uncompiled(model))
         stack.enter_context(_without_gradients(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -44,16 +44,16 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     """
     model = unwrap(model)
     modules = planned_modules(model, plan.decomposed)
-    stacks = planned_matrices(modules, plan)
-    layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in stacks}
+    schemes = {name: SCHEMES[plan.decomposed[name].scheme or ""] for name in modules}
+    layers = {(name, scheme.name): (modules[name], scheme) for name, scheme in schemes.items()}
     whites = {} if calibration is None else whitenings(model, layers, calibration)
-    for key, white in whites.items():
-        stacks[key] = white.apply(stacks[key])
     pairs = {}
-    for key, basis in linalg.bases_by_layer(stacks).items():
-        module, scheme = layers[key]
-        left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
-        pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
+    for stacks in planned_matrices(modules, plan):
+        stacks |= {key: whites[key].apply(stack) for key, stack in stacks.items() if key in whites}
+        for key, basis in linalg.bases_by_layer(stacks).items():
+            left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
+            module, scheme = layers[key]
+            pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
     return with_pairs(model, modules, pairs)
 
 

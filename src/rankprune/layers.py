@@ -80,7 +80,7 @@ def select(
     exclude = [exclude] if isinstance(exclude, str) else exclude or ()
     modules = dict(model.named_modules())
     holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
-    shared = _shared_weights(holders)
+    shared = _shared_parameters(modules)
     reasons = {name: _unfit(name, m, shared, calls) for name, m in holders.items()}
     fit = [name for name, reason in reasons.items() if reason is None]
     for kind, patterns in (("include", include or ()), ("exclude", exclude)):
@@ -131,15 +131,19 @@ def is_matrix(parameter: Tensor) -> bool:
     return sum(length > 1 for length in parameter.shape) >= 2
 
 
-def _shared_weights(holders: dict[str, nn.Module]) -> dict[str, str]:
-    """Name of a module -> name of another one that holds the same parameter."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in holders.items():
-        for _, parameter in module._parameters.items():
-            if parameter is not None and name not in owners[id(parameter)]:
-                owners[id(parameter)].append(name)
-    groups = [names for names in owners.values() if len(names) > 1]
-    return {name: next(n for n in names if n != name) for names in groups for name in names}
+def _shared_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Name of a module -> which of its parameters another module holds, too, and which one."""
+    owners: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, module in modules.items():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].setdefault(name, attribute)
+    shared = {}
+    for names in owners.values():
+        for name, attribute in names.items():
+            if other := next((n for n in names if n != name), None):
+                shared.setdefault(name, f"its {attribute} is shared with {other!r}")
+    return shared
 
 
 def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, str | None] | None) -> str | None:
@@ -156,7 +160,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning); remove that first"
     if name in shared:
-        return f"its weight is shared with {shared[name]!r}"
+        return shared[name]
     if not weight.dtype.is_floating_point or torch.finfo(weight.dtype).bits < 16:
         return f"its weight is of dtype {weight.dtype}"
     if weight.is_meta:

@@ -12,14 +12,17 @@ subspace iteration (Halko, Martinsson and Tropp 2011), many times cheaper again.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankprune.errors import FactorizationError
 from rankprune.spectrum import Spectrum
+
+K = TypeVar("K")
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -88,6 +91,19 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
         for i, v, q in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
             found[i] = Basis(q, v, v.square().sum(-1), on_rows)
     return [found[i] for i in range(len(stacks))]
+
+
+def in_parts(sizes: Mapping[K, int]) -> Iterator[list[K]]:
+    """Keys in their order, in lists of about one batch's values: for those who need not hold all bases at once."""
+    part, fill = [], 0
+    for key, size in sizes.items():
+        if part and fill + size > _BATCH:
+            yield part
+            part, fill = [], 0
+        part.append(key)
+        fill += size
+    if part:
+        yield part
 
 
 def bases_by_layer(
@@ -159,8 +175,8 @@ def _leading(a: Tensor, energy: Tensor, start: Tensor, on_rows: bool) -> Basis |
 
 def _sketch(a: Tensor, columns: int) -> Tensor:
     """Random combinations of the columns of `a`, (stack, k, columns), the same ones every time."""
-    generator = torch.Generator().manual_seed(columns)
-    return a @ torch.randn(a.shape[-1], columns, generator=generator).to(a)
+    generator = torch.Generator("cpu").manual_seed(columns)
+    return a @ torch.randn(a.shape[-1], columns, generator=generator, device="cpu").to(a)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -243,7 +259,7 @@ def project_with_subgradient(stack: Tensor, basis: Basis, rank: int | None) -> t
     """project and nuclear_subgradient at once, for less than the two; without a rank, the first is the stack itself."""
     q, c = _split(stack, basis, rank)
     low = stack if rank is None else _joined(q, c, basis, stack)
-    return low, _joined(q * _inverse(stack, basis, rank).to(q.dtype), c, basis, stack)
+    return low, _joined(q * _inverse(c, stack), c, basis, stack)
 
 
 @torch.no_grad()
@@ -267,7 +283,7 @@ def nuclear_subgradient(stack: Tensor, basis: Basis, rank: int | None = None) ->
     zero, as in torch.linalg.matrix_rank, and so do those after the first `rank`, as of the stack's projection on that rank.
     """
     q, c = _split(stack, basis, rank)
-    return _joined(q * _inverse(stack, basis, rank).to(q.dtype), c, basis, stack)
+    return _joined(q * _inverse(c, stack), c, basis, stack)
 
 
 def _split(stack: Tensor, basis: Basis, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -285,8 +301,8 @@ def _joined(q: Tensor, c: Tensor, basis: Basis, stack: Tensor) -> Tensor:
     return ((right.mT @ left.mT).mT if stack.mT.is_contiguous() else left @ right).to(stack.dtype)
 
 
-def _inverse(stack: Tensor, basis: Basis, rank: int | None) -> Tensor:
-    """One by each of the first `rank` singular values, a row; 0 where that is nothing but rounding."""
+def _inverse(c: Tensor, stack: Tensor) -> Tensor:
+    """One by the norm of each row of coordinates, which is a singular value, as a row; 0 where that is nothing but rounding."""
     eps = torch.finfo(torch.promote_types(stack.dtype, torch.float32)).eps
-    values = basis.values[..., None, :rank]
-    return torch.where(values > max(stack.shape[1:]) * eps * values[..., :1], 1 / values, 0.0)
+    norms = torch.linalg.vector_norm(c, dim=-1)[..., None, :]
+    return torch.where(norms > max(stack.shape[1:]) * eps * norms.amax(-1, keepdim=True), 1 / norms, 0.0)

@@ -1,6 +1,8 @@
 """What optimizers and gradient scalers do around a step: skipped steps, scaled gradients, closures. For optimizer hooks."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +16,34 @@ def overflowed(optimizer: Optimizer) -> bool:
     return isinstance(found, Tensor) and bool(found.item())
 
 
+class Outermost:
+    """Tells a step from those within it: an optimizer whose step() calls its base class's runs its hooks for each."""
+
+    def __init__(self) -> None:
+        self._running: list[FrameType] = []
+
+    def enter(self) -> bool:
+        """Called in a hook before a step: whether no other step is running."""
+        frame = sys._getframe(2)  # of the step, which called the hook
+        if self._running:  # else a step has failed, and no hook was called after it
+            above = set(map(id, _above(frame)))
+            self._running = [step for step in self._running if id(step) in above]
+        self._running.append(frame)
+        return len(self._running) == 1
+
+    def leave(self) -> bool:
+        """Called in a hook after a step: whether no other step is running."""
+        if self._running:
+            self._running.pop()
+        return not self._running
+
+
+def _above(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 @torch.no_grad()
 def add_to_gradients(optimizer: Optimizer, terms: Mapping[nn.Parameter, Tensor], strength: float) -> None:
     """Add `strength` times the term to the gradient of every parameter that has one, towards smaller terms."""
@@ -22,7 +52,7 @@ def add_to_gradients(optimizer: Optimizer, terms: Mapping[nn.Parameter, Tensor],
     ascending = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
     for weight, value in terms.items():
         if weight.grad is not None:
-            term = value.to(weight.grad.dtype)
+            term = value.to(weight.grad.dtype).to(weight.grad.device)  # the model may have moved since
             alpha = -strength if id(weight) in ascending else strength
             weight.grad.add_(term if scale is None else term * scale.to(term.device), alpha=alpha)
 

@@ -127,19 +127,35 @@ class Planner:
         return {name: layer.module.get_parameter("weight") for name, layer in self.layers.items()}
 
     @torch.no_grad()
-    def factor(self, starts: Mapping[Key, Tensor] | None = None, keys: Iterable[Key] | None = None) -> Factored:
+    def factor(
+        self, starts: Mapping[Key, Tensor] | None = None, keys: Iterable[Key] | None = None, *, spectra_only: bool = False
+    ) -> Factored:
         """Factor the present weights, every layer under every scheme it may get, or those in `keys`.
 
         Args:
             starts: leading vectors known from a little earlier, as linalg.bases takes them; other layers get their whole basis.
+            spectra_only: keep no stacks and bases, which take more space than the model, for planning without projecting.
         """
         factored = Factored()
-        self._factor_into(factored, self._flat if keys is None else keys, starts)
+        self._factor_into(factored, self._flat if keys is None else keys, starts, spectra_only)
         return factored
 
-    def _factor_into(self, factored: Factored, keys: Iterable[Key], starts: Mapping[Key, Tensor] | None = None) -> None:
+    def complete(self, factored: Factored, names: Iterable[str]) -> None:
+        """Factor some layers whole, under their first scheme, of which only leading vectors are known so far."""
+        keys = [self.options[name][0].key for name in names]
+        self._factor_into(factored, [key for key in keys if factored.spectra[key].known < factored.spectra[key].full_rank])
+
+    def _factor_into(
+        self,
+        factored: Factored,
+        keys: Iterable[Key],
+        starts: Mapping[Key, Tensor] | None = None,
+        spectra_only: bool = False,
+    ) -> None:
         wanted = set(keys)
         weights = self.weights()
+        if not wanted:
+            return
         schemes = {name: [o.scheme for o in options if o.key in wanted] for name, options in self.options.items()}
         own: dict[str, Tensor] = {}
         for name in filter(schemes.get, schemes):
@@ -148,16 +164,20 @@ class Planner:
                 own[name] = whole
 
         def spectra() -> dict[Key, Spectrum]:
-            stacks = {
-                (name, scheme.name): scheme.to_matrices(self.options[name][0].layer.module, whole)
-                for name, whole in own.items()
-                for scheme in schemes[name]
-            }
-            stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
-            found = linalg.bases_by_layer(stacks, starts)
-            factored.stacks |= stacks
-            factored.bases |= found
-            return {key: basis.spectrum.cpu() for key, basis in found.items()}
+            found = {}
+            for names in linalg.in_parts({name: whole.numel() for name, whole in own.items()}) if spectra_only else [own]:
+                stacks = {
+                    (name, scheme.name): scheme.to_matrices(self.options[name][0].layer.module, own[name])
+                    for name in names
+                    for scheme in schemes[name]
+                }
+                stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
+                bases = linalg.bases_by_layer(stacks, starts)
+                found |= {key: basis.spectrum.cpu() for key, basis in bases.items()}
+                if not spectra_only:
+                    factored.stacks |= stacks
+                    factored.bases |= bases
+            return found
 
         factored.spectra |= self.team.share(spectra)
 
@@ -293,7 +313,7 @@ def make_plan(
         calibration=calibration,
     )
     planner.join(Team.alone())
-    factored = planner.factor()
+    factored = planner.factor(spectra_only=True)
     planner.correct_latency(factored)
     return planner.timed(planner.plan(factored))
 

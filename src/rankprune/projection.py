@@ -13,7 +13,7 @@ from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import Factored, Planner
 from rankprune.schemes import SCHEMES
-from rankprune.survey import Option
+from rankprune.survey import Key, Option
 
 
 def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[str, nn.Module]:
@@ -49,21 +49,21 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
 def planned_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
     """Of every layer to be decomposed the singular values by the largest, descending; over a stack their root mean square."""
     spectra, modules = {}, planned_modules(model, plan.decomposed)
-    for (name, _), basis in linalg.bases_by_layer(planned_matrices(modules, plan)).items():
-        values = basis.values.square().mean(0).sqrt()
-        spectra[name] = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).tolist()
+    for stacks in planned_matrices(modules, plan):
+        for (name, _), basis in linalg.bases_by_layer(stacks).items():
+            values = basis.values.square().mean(0).sqrt()
+            spectra[name] = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).tolist()
     return spectra
 
 
-def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> dict[tuple[str, str], Tensor]:
-    """The weight of every one of the planned modules as its stack of matrices, by (layer, scheme)."""
-    entries = [(module, plan.projected[name]) for name, module in modules.items()]
-    if meta := [e.name for module, e in entries if module.get_parameter("weight").is_meta]:
+def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[dict[Key, Tensor]]:
+    """The weights of the planned modules as stacks of matrices, by (layer, scheme), as many at a time as should be factored."""
+    weights = {name: module.get_parameter("weight").detach() for name, module in modules.items()}
+    if meta := [name for name, weight in weights.items() if weight.is_meta]:
         raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
-    return {
-        (e.name, e.scheme or ""): SCHEMES[e.scheme or ""].to_matrices(module, module.get_parameter("weight").detach())
-        for module, e in entries
-    }
+    schemes = {name: plan.projected[name].scheme or "" for name in modules}
+    for part in linalg.in_parts({name: weight.numel() for name, weight in weights.items()}):
+        yield {(name, schemes[name]): SCHEMES[schemes[name]].to_matrices(modules[name], weights[name]) for name in part}
 
 
 @torch.no_grad()
@@ -77,10 +77,10 @@ def project(model: nn.Module, plan: Plan) -> None:
         FactorizationError: if a weight is not finite.
     """
     modules = planned_modules(unwrap(model), plan.projected)
-    stacks = planned_matrices(modules, plan)
-    for (name, scheme), basis in linalg.bases_by_layer(stacks).items():
-        low = linalg.project(stacks[name, scheme], basis, plan.projected[name].rank or 1)
-        modules[name].get_parameter("weight").copy_(SCHEMES[scheme].to_weight(modules[name], low))
+    for stacks in planned_matrices(modules, plan):
+        for (name, scheme), basis in linalg.bases_by_layer(stacks).items():
+            low = linalg.project(stacks[name, scheme], basis, plan.projected[name].rank or 1)
+            modules[name].get_parameter("weight").copy_(SCHEMES[scheme].to_weight(modules[name], low))
 
 
 @torch.no_grad()
@@ -99,7 +99,11 @@ def project_factored(planner: Planner, plan: Plan, factored: Factored) -> None:
 
 @torch.no_grad()
 def project_with_subgradients(planner: Planner, plan: Plan, factored: Factored) -> dict[str, Tensor]:
-    """project_factored and subgradients at once, for less than the two."""
+    """project_factored and subgradients at once, for less than the two.
+
+    Layers that the plan gives no rank, though leading vectors were known, are factored whole for that, into `factored`.
+    """
+    planner.complete(factored, [name for name in planner.options if name not in plan.projected])
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         low, own = {}, {}

@@ -111,6 +111,9 @@ class RankRule(ABC):
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
         """One Choice for each layer.
 
+        Also asked, before any training, of spectra in which all singular values are equal: what it raises there, like that
+        a budget cannot be met, is raised by TRP and make_plan.
+
         Args:
             layers: the candidates of each layer, one per scheme, at least one.
             network: the cost of the whole dense model, layers that stay dense included.

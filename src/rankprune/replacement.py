@@ -45,11 +45,16 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
                 "TRP.finalize(into=...)"
             )
     for module in small.modules():  # keep these off their fast paths, which read linear1.weight
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and any(map(_has_pairs, module.layers)):
             module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}:
+        elif _has_pairs(module):
             module.activation_relu_or_gelu = 0
     return small
+
+
+def _has_pairs(module: nn.Module) -> bool:
+    """Whether it is a TransformerEncoderLayer with something else in the place of a linear layer."""
+    return isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}
 
 
 def _compiled_methods(module: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,7 +16,7 @@ from rankprune.decompose import decompose
 from rankprune.distributed import Team, is_sharded, reshard, sharded_like
 from rankprune.errors import RankPruneError
 from rankprune.layers import unwrap
-from rankprune.optimizer_step import add_to_gradients, after_closure, has_closure, overflowed
+from rankprune.optimizer_step import Outermost, add_to_gradients, after_closure, has_closure, overflowed
 from rankprune.plan import Plan
 from rankprune.planner import Factored, Planner
 from rankprune.projection import project_factored, project_with_subgradients, subgradients
@@ -101,7 +101,7 @@ class TRP:
         self.steps = 0
         self.history: list[tuple[int, dict[str, int]]] = []
         self._process_group = process_group
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self._outermost = Stopwatch(), Outermost()
         self._projected_at: int | None = None
         self._annealed = True
         self._subgradients: dict[str, Tensor] = {}
@@ -147,7 +147,7 @@ class TRP:
                 "with exclude="
             )
         self._planner.join(Team(self._process_group))
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self._outermost = Stopwatch(), Outermost()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -166,7 +166,7 @@ class TRP:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if overflowed(optimizer):
+        if not self._outermost.enter() or overflowed(optimizer) or not self.nuclear:
             return None
 
         def add() -> None:
@@ -177,7 +177,7 @@ class TRP:
 
         with self._stopwatch.running():
             due = self.nuclear_cadence == "step" or self._projected_at == self.steps
-            if self.nuclear and due and not self._subgradients:  # before the first projection, or of a state without them
+            if due and not self._subgradients:  # before the first projection, or of a state without them
                 self._subgradients = subgradients(self._planner, self.plan, self._planner.factor())
         if not self._subgradients:
             return None
@@ -187,7 +187,7 @@ class TRP:
         return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if overflowed(optimizer):
+        if not self._outermost.leave() or overflowed(optimizer):
             return
         self.steps += 1
         if self.nuclear_cadence == "projection":
@@ -210,6 +210,9 @@ class TRP:
         Warns:
             UserWarning: if a budget of latency cannot be met by those times; ranks are then chosen by the earlier ones.
         """
+        return self._project(self.schedule.rule_after(self.steps))
+
+    def _project(self, rule: RankRule) -> Plan:
         planner = self._planner
         frozen = self.schedule.keeps_ranks_after(self.steps) and not self._annealed
         if planner.latency is not None and planner.latency.table is None:
@@ -218,7 +221,6 @@ class TRP:
             planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
             factored = planner.factor(self._starts, None if self.nuclear else planned)
         else:
-            rule = self.schedule.rule_after(self.steps)
             factored = planner.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
                 self._correct_latency(factored)
@@ -227,6 +229,7 @@ class TRP:
         if self.nuclear:
             self._subgradients = project_with_subgradients(planner, self.plan, factored)
         else:
+            self._subgradients = {}
             project_factored(planner, self.plan, factored)
         self._starts = planner.leading(self.plan, factored)
         self._projected_at = self.steps
@@ -298,8 +301,7 @@ class TRP:
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
         if self.plan is None or self._projected_at != self.steps or self._annealed:
-            self.schedule = replace(self.schedule, ramp=min(self.schedule.ramp, self.steps))
-            self.plan = self.project()
+            self.plan = self._project(self._planner.rule)
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             project_factored(self._planner, self.plan, self._planner.factor())
         self._time()

@@ -129,7 +129,8 @@ class Backend(ABC):
         return [self._load(model, x) for model in models]
 
     @abstractmethod
-    def _load(self, model: nn.Module, x: Inputs) -> Program: ...
+    def _load(self, model: nn.Module, x: Inputs) -> Program:
+        """load(), once the package is there, and model and inputs are where its programs run. Any error may come of it."""
 
 
 class FileBackend(Backend):
@@ -151,7 +152,8 @@ class FileBackend(Backend):
         self._write(self.placed_model(model), self.placed(x), path, dynamic_batch)
 
     @abstractmethod
-    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None: ...
+    def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+        """write(), with model and inputs where its programs run."""
 
     @abstractmethod
     def read(self, path: Path) -> Program:

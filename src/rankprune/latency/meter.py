@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankprune.backends import backend_named
 from rankprune.backends.base import shapes, tensors
@@ -20,6 +20,7 @@ from rankprune.cost import Inputs, count, cpu_name, undisturbed, usable_cores
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
+from rankprune.schemes.base import is_channels_last
 from rankprune.timing import spread, time_together
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Setting:
             version=runtime.version,
             threads=threads or runtime.threads,
             dtype=str(first.dtype).removeprefix("torch."),
-            memory_format="channels_last" if any(map(_is_channels_last, model.parameters())) else "contiguous",
+            memory_format="channels_last" if any(map(is_channels_last, model.parameters())) else "contiguous",
             device=device.type,
             cpu=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             cores=usable_cores(),
@@ -198,7 +199,7 @@ class Meter:
 def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     """A text that differs where the network, its inputs or `more` differs."""
     inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
-    types = [(p.dtype, _is_channels_last(p)) for p in model.parameters()]
+    types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
     before = [_plain_attributes(module) for module in model.modules()]
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
     after = [_plain_attributes(module) for module in model.modules()]
@@ -224,7 +225,3 @@ def _filled(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=1 / math.sqrt(max(1, parameter[0].numel())))
     return module
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)

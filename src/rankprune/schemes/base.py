@@ -70,7 +70,7 @@ class Scheme(ABC, Generic[L]):
             half.get_parameter("weight").requires_grad_(dense.requires_grad)
         if layer.bias is not None:
             pair[1].get_parameter("bias").requires_grad_(layer.get_parameter("bias").requires_grad)
-        if dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last):
+        if is_channels_last(dense):
             nn.utils.convert_conv2d_weight_memory_format(pair, torch.channels_last)
         return pair.train(layer.training)
 
@@ -88,6 +88,11 @@ class Scheme(ABC, Generic[L]):
             if layer.bias is not None:
                 pair[1].get_parameter("bias").copy_(layer.get_parameter("bias"))
         return pair
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether it lies in memory in channels_last order, and in that alone."""
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 class ConvolutionScheme(Scheme[Convolution]):
