@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections import UserDict
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from rankprune.backends import BACKENDS, Backend, FileBackend, backend_named
-from rankprune.backends.base import tensors
+from rankprune.backends.base import on_device, tensors
 from rankprune.comparison import compare
 
 QUICK = ["eager", "onnxruntime", "openvino"]
@@ -209,6 +211,25 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch: pytes
         BACKENDS["openvino"].load(*network())
 
 
+def test_executorch_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)  # as where it was built for another torch
+    backend = BACKENDS["executorch"]
+    with pytest.raises(rp.MissingExtraError, match=r"rankprune\[executorch\]"), backend.on_threads(2):
+        pass
+
+
+def test_inputs_keep_their_types_when_they_are_moved() -> None:
+    class Outputs(UserDict):
+        """Knows its parts by number, too, like those of transformers."""
+
+    inputs = {"encoded": Outputs(hidden=torch.zeros(2)), "other": MappingProxyType({"x": torch.ones(1)})}
+    found = on_device(inputs, "meta")
+    assert type(found["encoded"]) is Outputs
+    assert found["encoded"]["hidden"].is_meta
+    assert found["other"]["x"].is_meta
+    assert not inputs["encoded"]["hidden"].is_meta
+
+
 def test_a_backend_that_there_is_not() -> None:
     with pytest.raises(rp.RankPruneError, match=r"no backend 'tflite'; choose one of .*onnxruntime"):
         backend_named("tflite")
@@ -227,6 +248,16 @@ def test_what_fails_only_when_it_runs_is_refused_too() -> None:
         BACKENDS["openvino"].load(model, x)
     found = compare({"dense": model}, x, ["openvino", "eager"], rounds=2)
     assert (found.failed.keys(), [t.backend for t in found.timings]) == ({"openvino"}, ["eager"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_aot_inductor_leaves_no_libraries_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    x = torch.randn(2, 3, 8, 8)
+    program = BACKENDS["aot_inductor"].load(nn.Sequential(nn.Conv2d(3, 8, 3)), x)
+    assert program(x)
+    assert not [file for kind in ("*.so", "*.pt2", "*.o") for file in (tmp_path / "cache").rglob(kind)]
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_plan_decompose_evaluate_count_export_a_users_own_model(tmp_path, checkp
     assert "largest difference from PyTorch" in invoke(
         "export", *MODEL, "--artefact", str(out), *INPUT, "--out", str(out / "s.onnx")
     )
-    (found,) = OnnxRuntime().read(out / "s.onnx")(x)  # two images, not one
+    (found,) = OnnxRuntime().read(out / "s.onnx", x)(x)  # two images, not one
     torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
 
 
@@ -96,7 +96,7 @@ def test_export_chooses_the_runtime_by_the_suffix(suffix, package, files, tmp_pa
 
 def test_a_closed_batch_takes_one_size_only(tmp_path):
     invoke("export", *RELU, "--no-dynamic-batch", "--out", str(tmp_path / "one.onnx"))
-    program = OnnxRuntime().read(tmp_path / "one.onnx")
+    program = OnnxRuntime().read(tmp_path / "one.onnx", torch.zeros(1, 4))
     assert [t.shape for t in program(torch.zeros(1, 4))] == [(1, 4)]
     with pytest.raises(Exception, match="invalid dimensions"):
         program(torch.zeros(2, 4))
@@ -204,7 +204,9 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         ),
         (["train", "--time-batch", "8"], "--time-batch would do nothing: nothing goes by latency"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
+        (["decompose", *MODEL, "--plan", "p", "--out", "o", *INPUT], "--input would do nothing: --plan says"),
         ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
+        ([*LATENCY, "--plot", "/no/such/x.svg", "--layer", "layer9"], "there is no folder"),
         ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),
         ([*LATENCY, "--layer", "layer9"], "there is no layer 'layer9'"),
         ([*LATENCY, "--backend", "cuda"], "there is no backend 'cuda'"),

@@ -14,6 +14,7 @@ import toy
 
 pytest.importorskip("huggingface_hub")
 
+from rankprune.integrations.builder import build
 from rankprune.integrations.hub import LowRank
 from shareable import ARGUMENTS, Net, shared
 
@@ -97,3 +98,33 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_the_plan_is_not_of_is_refused(tmp_path: Path) -> None:
     with pytest.raises(rp.CheckpointError, match="save the model that decompose"):
         LowRank(Net(**ARGUMENTS), shared().plan).save_pretrained(tmp_path / "out")
+
+
+def test_whatever_a_download_fails_with_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProxyError(Exception):
+        """As of the library that the hub's downloads with; no OSError."""
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise ProxyError("503 from the proxy")
+
+    monkeypatch.setattr("rankprune.integrations.hub.snapshot_download", fails)
+    with pytest.raises(rp.CheckpointError, match=r"'a/b' is no folder.*ProxyError: 503 from the proxy"):
+        LowRank.from_pretrained("a/b", Net)
+
+
+def test_a_configuration_cannot_name_code_to_run() -> None:
+    class Config:
+        @classmethod
+        def from_dict(cls, values: dict[str, Any]) -> dict[str, Any]:
+            return values
+
+    class Model(nn.Module):
+        config_class = Config
+
+        def __init__(self, config: dict[str, Any]) -> None:
+            super().__init__()
+            self.config = config
+
+    hostile = {"_attn_implementation": "evil/kernel", "experts_implementation": "evil/kernel", "use_kernels": True}
+    given = {"width": 3, **hostile, "text_config": {"depth": 2, "attn_implementation": "evil/kernel"}, "parts": [hostile]}
+    assert build(Model, {"config": given}).config == {"width": 3, "text_config": {"depth": 2}, "parts": [{}]}

@@ -1,9 +1,11 @@
 """How layers are timed: ranks, settings, cache, noise, and what is timed with them."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,32 @@ def test_what_was_measured_is_not_measured_again(cache_by_own_clock: Path, monke
     assert measured(model, x, budget(0.7)) == first
     with pytest.raises(TypeError):  # another batch is another measurement
         measured(model, x[:1], budget(0.7))
+
+
+def test_a_cache_of_somebody_else_is_left_alone(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network()
+    first = measured(model, x, budget(0.7))
+    (file,) = cache_by_own_clock.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask()
+    written, read = file.read_bytes(), Path.read_text
+
+    def refuse(path: Path, *args: Any, **options: Any) -> str:
+        if path == file:
+            raise PermissionError("not yours")
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    LatencyCache._remembered.clear()
+    with pytest.warns(UserWarning, match=r"cannot keep latencies in .*not yours.*RANKPRUNE_CACHE"):
+        assert measured(model, x, budget(0.7)) == first
+    assert file.read_bytes() == written
+    assert [f.name for f in cache_by_own_clock.iterdir()] == [file.name]
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"setting": 1}', "\x80"])
@@ -121,6 +149,24 @@ def test_layers_of_another_dtype_are_other_layers(monkeypatch: pytest.MonkeyPatc
     assert wide == pytest.approx(2 * narrow, rel=1e-4)
 
 
+@pytest.mark.parametrize("how", ["autocast", "float32 products"])
+def test_layers_in_another_precision_are_measured_anew(cache_by_own_clock: Path, how: str) -> None:
+    model, x = network()
+    measured(model, x, budget(0.7))
+    (file,) = cache_by_own_clock.iterdir()
+    before = len(json.loads(file.read_text())["measured"])
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            measured(model, x, budget(0.7))
+    else:
+        torch.set_float32_matmul_precision("medium")
+        try:
+            measured(model, x, budget(0.7))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert len(json.loads(file.read_text())["measured"]) == 2 * before
+
+
 def test_a_layer_that_runs_twice_counts_twice() -> None:
     model, x = network()
     layer = model[5]
@@ -130,6 +176,21 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
     assert second.pair_ns["spatial"][16] == pytest.approx(2 * first.pair_ns["spatial"][16], rel=1e-4)
 
 
+class Configured(nn.Sequential):
+    """Keeps how it computes in a configuration, like the models of transformers."""
+
+    class Config:
+        def __init__(self, attention: str) -> None:
+            self._attn_implementation = attention
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"width": 32, "dtype": torch.float32}
+
+    def __init__(self, attention: str) -> None:
+        super().__init__(nn.Linear(32, 32))
+        self.config = self.Config(attention)
+
+
 def test_networks_that_look_alike_are_other_networks() -> None:
     x = torch.randn(2, 4, 32)
     one, two = (nn.TransformerEncoderLayer(32, heads, 64, batch_first=True).eval() for heads in (1, 4))
@@ -137,7 +198,8 @@ def test_networks_that_look_alike_are_other_networks() -> None:
     wrapped, plain = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
     forward = wrapped.forward
     wrapped.forward = lambda x: forward(x)
-    for a, b in ((one, two), (wrapped, plain)):
+    eager, fused = Configured("eager"), Configured("sdpa")
+    for a, b in ((one, two), (wrapped, plain), (eager, fused)):
         assert meter._described(a, x) == meter._described(a, x) != meter._described(b, x)
     with torch.autocast("cpu", torch.bfloat16):
         narrow = meter._described(plain, x)

@@ -24,7 +24,7 @@ def test_quantized_file_is_smaller_and_computes_about_the_same(tmp_path: Path) -
     assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
     assert {f.name for f in tmp_path.iterdir()} == {"float.onnx", "int8.onnx"}
     expected = small(x).detach()
-    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx")(x)
+    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx", x)(x)
     difference = float((found - expected).norm() / expected.norm())
     assert 1e-4 < difference < 0.1
 
@@ -58,9 +58,9 @@ def test_inputs_by_name_in_any_order(tmp_path: Path) -> None:
     batches = [{"right": 1000 * torch.randn(8, 16), "left": torch.randn(8, 16)} for _ in range(4)]
     expected = model(**batches[0]).detach()
     rp.export_onnx(model, {"left": batches[0]["left"], "right": batches[0]["right"]}, tmp_path / "float.onnx")
-    torch.testing.assert_close(OnnxRuntime().read(tmp_path / "float.onnx")(batches[0])[0], expected)
+    torch.testing.assert_close(OnnxRuntime().read(tmp_path / "float.onnx", batches[0])(batches[0])[0], expected)
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", batches)
-    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx")(batches[0])
+    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx", batches[0])(batches[0])
     assert float((found - expected).norm() / expected.norm()) < 0.05
     with pytest.raises(rp.RankPruneError, match=r"takes 2 inputs, \['left', 'right'\]; here are 1"):
         quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", [batches[0]["left"]])
@@ -71,6 +71,6 @@ def test_grouped_transposed_convolutions_stay_in_float(tmp_path: Path) -> None:
     x = torch.randn(8, 3, 8, 8)
     rp.export_onnx(model, x, tmp_path / "float.onnx")
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", [x])
-    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx")(x)
+    (found,) = OnnxRuntime().read(tmp_path / "int8.onnx", x)(x)
     expected = model(x).detach()
     assert float((found - expected).norm() / expected.norm()) < 0.05

@@ -2,10 +2,13 @@
 
 import os
 import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -258,8 +261,15 @@ def usable_cores() -> int:
 
 def cpu_name() -> str:
     """The processor's name, as the operating system tells it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    told: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            field, _, value = line.partition(":")
+            told.setdefault(field.strip(), value.strip())
+    if "CPU part" in told:  # ARM tells numbers
+        told.setdefault("model name", f"{platform.machine()} {told.get('CPU implementer')} {told['CPU part']}")
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+            told["model name"] = found.stdout.strip()
+    return told.get("model name") or platform.processor() or platform.machine()

@@ -61,7 +61,7 @@ def _export(
         open_batch = backend.opens_batch if dynamic_batch is None else dynamic_batch
         try:
             backend.write(model, x, draft, open_batch)
-            found = backend.read(draft)(x)
+            found = backend.read(draft, x)(x)
             differences = [_difference(a, b) for a, b in zip(expected, found, strict=True)]
         except ExportError:
             raise

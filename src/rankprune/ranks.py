@@ -45,6 +45,11 @@ class Cost:
         return value
 
 
+def break_even(dense: Cost, unit: Cost, metric: Metric) -> int:
+    """The largest rank at which a pair of `unit` for each rank is cheaper than the layer."""
+    return (dense.of(metric) - 1) // max(unit.of(metric), 1)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One layer under one scheme.
@@ -78,7 +83,7 @@ class Candidate:
             measured = self.pair_ns or {}
             return {r: ns for r, ns in measured.items() if ns < dense and r <= self.full_rank and r % self.round_to == 0}
         unit = self.unit.of(metric)
-        affordable = min(self.full_rank, (dense - 1) // max(unit, 1))
+        affordable = min(self.full_rank, break_even(self.dense, self.unit, metric))
         ranks = list(range(self.round_to, affordable + 1, self.round_to))
         if self.full_rank == affordable and affordable % self.round_to:
             ranks.append(affordable)

@@ -12,7 +12,7 @@ from rankprune.errors import RankPruneError
 from rankprune.latency import Subject, ranks_to_try
 from rankprune.layers import Layer, own_weight, select
 from rankprune.plan import LayerPlan
-from rankprune.ranks import Cost
+from rankprune.ranks import Cost, break_even
 from rankprune.schemes import Scheme, schemes_for
 
 Key = tuple[str, str]
@@ -86,8 +86,7 @@ def subject(options: Sequence[Option], count: int, round_to: int) -> Subject:
     """A layer to be timed, at about `count` ranks of each scheme that save MACs."""
     ranks = {}
     for o in options:
-        affordable = (o.dense.of("macs") - 1) // max(o.unit.of("macs"), 1)
-        ranks[o.scheme] = ranks_to_try(min(o.full_rank, affordable), count, round_to)
+        ranks[o.scheme] = ranks_to_try(min(o.full_rank, break_even(o.dense, o.unit, "macs")), count, round_to)
     return Subject(options[0].layer.module, options[0].input_shapes, ranks)
 
 

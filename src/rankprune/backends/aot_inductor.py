@@ -1,5 +1,6 @@
 """AOTInductor: torch.export, compiled ahead of time to a library that runs without Python. It needs a C++ compiler."""
 
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rankprune.cost import Inputs, call
 class AotInductor(FileBackend):
     """torch.export and AOTInductor.
 
-    A file runs where the model was when it was written, on as many threads as torch had then.
+    A file runs on the kind of device that the model was on when it was written, on as many threads as torch had then.
     """
 
     name = "aot_inductor"
@@ -23,12 +24,17 @@ class AotInductor(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-        frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
-        with warnings.catch_warnings(action="ignore"):  # what freezing imports uses what torch deprecates
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # else libraries with weights stay in a cache
+            warnings.catch_warnings(action="ignore"),  # what freezing imports uses what torch deprecates
+        ):
+            # Freezing folds BatchNorm, and packs weights as the kernels want them.
+            configs = {"freezing": True, "aot_inductor.output_path": folder}
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
-    def read(self, path: Path) -> Program:
-        model = torch._inductor.aoti_load_package(str(path))
+    def read(self, path: Path, x: Inputs) -> Program:
+        with torch.cuda.device_of(tensors(x)[0]):  # of several GPUs it takes the present one
+            model = torch._inductor.aoti_load_package(str(path))
 
         def program(x: Inputs) -> list[torch.Tensor]:
             with torch.inference_mode():

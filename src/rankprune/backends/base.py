@@ -1,10 +1,11 @@
 """What a backend is: something that turns a PyTorch model into a program that runs elsewhere, or otherwise."""
 
+import copy
 import importlib
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import accumulate
@@ -156,14 +157,14 @@ class FileBackend(Backend):
         """write(), with model and inputs where its programs run."""
 
     @abstractmethod
-    def read(self, path: Path) -> Program:
-        """The program in a file."""
+    def read(self, path: Path, x: Inputs) -> Program:
+        """The program in a file, for inputs like `x`, where they are."""
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files open that are mapped
             path = Path(folder) / f"model{self.suffix}"
             self.write(model, x, path, dynamic_batch=False)
-            return self.read(path)
+            return self.read(path, x)
 
 
 class SideBySide(nn.Module):
@@ -231,9 +232,14 @@ def check_folder(path: Path) -> None:
 
 
 def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
-    """Inputs, in which the function has replaced all that is no tuple, list or mapping."""
+    """Inputs, in which the function has replaced all that is no tuple, list or mapping. Mappings keep their types."""
     if isinstance(values, Mapping):
-        return {key: each_leaf(function, value) for key, value in values.items()}
+        parts = {key: each_leaf(function, value) for key, value in values.items()}
+        if isinstance(values, MutableMapping) and type(values) is not dict:
+            copied = copy.copy(values)
+            copied.update(parts)
+            return copied
+        return parts
     if type(values) in (tuple, list):
         return type(values)(each_leaf(function, value) for value in values)
     if isinstance(values, tuple) and hasattr(values, "_fields"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankprune.backends.base import FileBackend, Program, arguments, tensors
 from rankprune.cost import Inputs
-from rankprune.errors import ExportError
+from rankprune.errors import ExportError, MissingExtraError
 
 
 class ExecuTorch(FileBackend):
@@ -26,6 +26,12 @@ class ExecuTorch(FileBackend):
     ranks = 6
     cpu_only = True
     takes_threads = False
+
+    def require(self) -> None:
+        try:
+            from executorch.extension.pybindings import portable_lib  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError as error:  # also where it was built for another torch
+            raise MissingExtraError(self.package, self.extra) from error
 
     @property
     def version(self) -> str:
@@ -51,7 +57,7 @@ class ExecuTorch(FileBackend):
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             path.write_bytes(lowered.to_executorch().buffer)
 
-    def read(self, path: Path) -> Program:
+    def read(self, path: Path, x: Inputs) -> Program:
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         data = path.read_bytes()

@@ -63,7 +63,7 @@ class OnnxRuntime(FileBackend):
                 verbose=False,
             )
 
-    def read(self, path: Path) -> Program:
+    def read(self, path: Path, x: Inputs) -> Program:
         return _program(str(path))
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
@@ -161,6 +161,10 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
         raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
     check_folder(path)
     check_batches(calibration)
+    if source.with_name(f"{source.name}.data").exists():
+        raise ExportError(
+            f"{source.name} keeps its weights in a file beside it, as those over 2 GB do; quantise smaller parts"
+        )
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
@@ -178,7 +182,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
         prepared, draft = Path(folder) / "prepared.onnx", Path(folder) / path.name
         try:
             names = [slot.name for slot in InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()]
-            quant_pre_process(str(source), str(prepared))
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)  # where that fails it litters
             quantize_static(
                 str(prepared),
                 str(draft),
@@ -193,7 +197,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
             raise
         except Exception as error:
             raise ExportError(
-                f"{source.name} cannot be quantised ({reason_of(error)}); see that it runs on the calibration"
+                f"{source.name} cannot be quantised ({reason_of(error)}); see that ONNX Runtime runs it on the calibration"
             ) from error
         draft.replace(path)
 

@@ -29,7 +29,7 @@ class OpenVino(FileBackend):
         converted = _converted(model, x, torch.export.Dim("batch") if dynamic_batch else None)
         openvino.save_model(converted, path, compress_to_fp16=False)
 
-    def read(self, path: Path) -> Program:
+    def read(self, path: Path, x: Inputs) -> Program:
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = _core().compile_model(path, "CPU", settings)
         request = compiled.create_infer_request()
@@ -51,7 +51,7 @@ class OpenVino(FileBackend):
             for i, results in enumerate(outputs_of_each(models, x, whole.get_results())):
                 path = Path(folder) / f"{i}{self.suffix}"
                 openvino.save_model(part_of(list(results), whole.get_parameters()), path, compress_to_fp16=False)
-                programs.append(self.read(path))
+                programs.append(self.read(path, x))
         return programs
 
 

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from rankprune.backends import BACKENDS, backend_named
+from rankprune.backends.base import check_folder
 from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Checkpoint, InputShape, ModelSpec, SchemeName, refuse
@@ -22,7 +23,7 @@ from rankprune.latency.cache import NOISY
 from rankprune.planner import make_plan
 from rankprune.ranks import RankRule
 from rankprune.recipes.runner import provenance, write
-from rankprune.report.plots import plot_layer
+from rankprune.report.plots import plot_layer, require_matplotlib
 from rankprune.rules import parse_rule
 
 DENSE = "dense"
@@ -67,6 +68,9 @@ def bench_latency(
         raise RankPruneError(f"--plot {str(plot)!r} draws the curve of one layer: name it with --layer")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise RankPruneError(f"--plot {str(plot)!r}: give a file that ends in .png or .svg")
+    if plot is not None:
+        check_folder(plot)
+        require_matplotlib()
     if artefact is not None and not rule and layer is None:
         refuse(context, "scheme", because="--artefact is decomposed already; give a --rule or a --layer as well")
     for name in backend or ():

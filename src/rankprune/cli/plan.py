@@ -58,7 +58,7 @@ def decompose(
 ) -> None:
     """Decompose a model and write the artefact."""
     if plan is not None:
-        choices = ("scheme", "rule", "include", "exclude", "round_to")
+        choices = ("input", "scheme", "rule", "include", "exclude", "round_to")
         refuse(context, *choices, because="--plan says already what to decompose, and at which rank")
     dense = build_model(model, checkpoint)
     x = None if input is None else example_input(input, dense)

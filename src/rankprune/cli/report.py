@@ -28,7 +28,8 @@ def report(
         html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")
         say(f"page   {html}")
     if into is not None:
-        into.write_text(replace_between_marks(into.read_text(), markdown_table(overview(found))))
+        table = markdown_table(overview(found))
+        into.write_text(replace_between_marks(into.read_text(encoding="utf-8"), table), encoding="utf-8")
         say(f"table  {into}")
     if plots is not None:
         for file in plot_results(plots, found):

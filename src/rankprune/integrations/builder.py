@@ -15,9 +15,11 @@ from rankprune.errors import RankPruneError
 Builder = Callable[..., nn.Module]
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
+_IMPLEMENTATION = re.compile(r"_implementation(_internal)?$|^use_kernels$")
+
 
 def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
-    """Call a builder. The `config` of a class of transformers is made from its dict.
+    """Call a builder. The `config` of a class of transformers is made from its dict, without what names code on the hub.
 
     Raises:
         RankPruneError: if it raises, or returns no model.
@@ -26,7 +28,7 @@ def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
     config_class = getattr(builder, "config_class", None)
     try:
         if config_class is not None and isinstance(arguments.get("config"), dict):
-            arguments = {**arguments, "config": config_class.from_dict(arguments["config"])}
+            arguments = {**arguments, "config": config_class.from_dict(_without_kernels(arguments["config"]))}
         model = builder(**arguments)
     except Exception as error:
         raise RankPruneError(
@@ -36,6 +38,13 @@ def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise RankPruneError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module; pass what builds the dense model")
     return model
+
+
+def _without_kernels(config: Any) -> Any:
+    """A configuration without its choices of implementations, which may be repositories to run code from."""
+    if isinstance(config, dict):
+        return {key: _without_kernels(value) for key, value in config.items() if not _IMPLEMENTATION.search(str(key))}
+    return [_without_kernels(value) for value in config] if isinstance(config, list) else config
 
 
 def check_arguments(builder: Builder, arguments: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from rankprune.plan import Plan
 
 try:
     from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-    from huggingface_hub.errors import HFValidationError
 except ImportError as error:
     raise MissingExtraError("huggingface_hub", "hub") from error
 
@@ -141,7 +140,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         """Load a decomposed model from a repository on the hub or a local folder; it is in eval mode.
 
         Only safetensors and JSON files are read. The builder that config.json names is never imported or called, since
-        anybody may have written it: pass it yourself. Its arguments do come from config.json.
+        anybody may have written it: pass it yourself. Its arguments do come from config.json, so pass one that does no harm
+        with any; of the config of a transformers model, choices of implementations are left out, for they can name code.
 
         Args:
             dense: a dense model of the same architecture, which is untouched, or what builds one: a function or class, called
@@ -215,7 +215,7 @@ def _snapshot(name: str, **options: Any) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES), **options))
-    except (OSError, HFValidationError) as error:  # the hub's other errors are OSErrors
+    except Exception as error:  # of the hub, and of the several libraries that it downloads with
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name!r} is no folder, and cannot be had from the hub ({type(error).__name__}: {reason}); check the name, the "

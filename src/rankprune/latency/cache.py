@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
+
+from rankprune.version import VERSION
 
 NOISY = 0.2
 """The spread, (third - first quartile) / median, beyond which a measurement decides nothing."""
@@ -31,35 +33,43 @@ class LatencyCache:
     _remembered: ClassVar[dict[tuple[Path, str], dict[str, Any]]] = {}
 
     def __init__(self, setting: Mapping[str, Any]) -> None:
-        self.setting = dict(setting)
+        self.setting = {**setting, "rankprune": VERSION}  # which measures in its own way
         self._noisy: dict[str, dict[str, Any]] = {}
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:12]
         self.path = cache_folder() / f"latency-{self.setting['backend']}-{digest}.json"
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is known under this key, or else what `measure` returns, kept unless its "spread" is too large."""
-        known = self._noisy.get(key) or self._remembered.get((self.path, key)) or self._read().get(key)
+        known = self._noisy.get(key) or self._remembered.get((self.path, key))
+        if known is None:
+            with suppress(OSError):
+                known = self._read().get(key)
         if known is None:
             known = {**measure(), "date": date.today().isoformat()}
             if known["spread"] > NOISY:
                 self._noisy[key] = known
                 return known
-            self._write({**self._read(), key: known})  # another process may have written meanwhile
+            self._keep(key, known)
         self._remembered[self.path, key] = known
         return known
 
-    def _write(self, measured: Mapping[str, Any]) -> None:
+    def _keep(self, key: str, known: dict[str, Any]) -> None:
+        draft = self.path.with_suffix(f".{os.getpid()}.draft")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".draft", delete=False) as draft:
-                json.dump({"setting": self.setting, "measured": measured}, draft, indent=1)
-            Path(draft.name).replace(self.path)
+            measured = {**self._read(), key: known}  # another process may have written meanwhile
+            draft.write_text(json.dumps({"setting": self.setting, "measured": measured}, indent=1))
+            draft.replace(self.path)
         except OSError as error:
             warnings.warn(f"cannot keep latencies in {str(self.path)!r} ({error}); set RANKPRUNE_CACHE", stacklevel=2)
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
+        """All that is kept; nothing if that is damaged. Raises OSError if it is there and may not be read."""
         try:
             found = json.loads(self.path.read_text())
             return found["measured"] if found["setting"] == self.setting else {}
-        except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return {}

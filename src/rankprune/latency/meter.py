@@ -29,6 +29,7 @@ Variant = Mapping[str, tuple[str, int]]
 """The layers of a network that become pairs, with the scheme and rank of each."""
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _TRIES = 3
 
 
@@ -120,7 +121,8 @@ class Meter:
         """A layer with `tail` behind, over all its calls."""
         kind = str(subject.module.get_parameter("weight").dtype).removeprefix("torch.")
         ranks = {s.name: list(ranks) for s, ranks in subject.ranks.items()}
-        text = f"{subject.module} {kind} {[str(m) for m in tail]} {ranks}"
+        numerics = _numerics(subject.module.get_parameter("weight").device.type)
+        text = f"{subject.module} {kind} {[str(m) for m in tail]} {ranks} {numerics}"
         calls = [
             self._known(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
             for shape in subject.input_shapes
@@ -204,19 +206,38 @@ def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
     after = [_plain_attributes(module) for module in model.modules()]
     parts = [a for a, b in zip(before, after, strict=True) if a == b]  # a module may count its calls
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    autocast = torch.get_autocast_dtype(device) if narrowed else None
-    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {inputs} {autocast} {more}".encode()).hexdigest()[:16]
+    numerics = _numerics(next((p.device.type for p in model.parameters()), "cpu"))
+    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {inputs} {numerics} {more}".encode()).hexdigest()[:16]
     return f"{type(model).__name__} {digest} on {list(shapes(x))}"
 
 
-def _plain_attributes(module: nn.Module) -> list[tuple[str, bool | int | float | str]]:
+def _numerics(device: str) -> str:
+    """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = torch.get_autocast_dtype(device) if narrowed else None
+    cudnn = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) if device == "cuda" else None
+    return f"autocast {autocast}, float32 {torch.get_float32_matmul_precision()}, cudnn {cudnn}"
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """Those that a repr may leave out, such as the number of heads, and the name of a forward that wraps the module's own."""
-    own = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str)]
+    own = [(name, _plain(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
     forward = vars(module).get("forward")
     wrapper = [] if forward is None else [("forward", getattr(forward, "__qualname__", type(forward).__qualname__))]
-    return [(name, value) for name, value in own if name != "training"] + wrapper
+    return [(name, value) for name, value in own if value is not None] + wrapper
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts, what holds only such, and the configuration of a model; None for all else."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if hasattr(value, "to_dict") and not isinstance(value, type):
+        return {**_plain(value.to_dict()), "attention": getattr(value, "_attn_implementation", None)}
+    return None
 
 
 @torch.no_grad()

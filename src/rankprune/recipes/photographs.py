@@ -99,7 +99,7 @@ def load_photographs(source: str | Path, split: str) -> Photographs:
     """
     names = (split, *_STAND_INS.get(split, ()))
     if str(source).startswith(HUB):
-        return _labelled(*_read_hub(str(source).removeprefix(HUB), names), split)
+        return _labelled(*_read_hub(str(source).removeprefix(HUB).replace("\\", "/"), names), split)
     root = Path(source)
     for folder in (root, root / "data"):
         for name in names:

@@ -123,12 +123,23 @@ def plot_layer(path: str | Path, points: Sequence[CurvePoint], title: str) -> No
     _save(figure, axes, path)
 
 
-def _figure(size: tuple[float, float]) -> "Figure":
+def require_matplotlib() -> None:
+    """Make sure that pictures can be drawn.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot") from error
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     mpl.rcParams["svg.hashsalt"] = "rankprune"  # the same results draw the same file
     return Figure(figsize=size, layout="constrained")
 
