@@ -31,12 +31,18 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that latencies are kept in, one for each test and never the user's."""
+    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
-def cache_by_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that latencies are kept in; they are taken by our clock, and "timeless" is a backend."""
+def cache_by_own_clock(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache, where latencies are taken by our clock, and "timeless" is a backend."""
     import own_clock
 
-    monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
     own_clock.add(monkeypatch, own_clock.Timeless())
     own_clock.use(monkeypatch)
-    return tmp_path / "cache"
+    return cache

@@ -86,6 +86,14 @@ def test_patches_are_those_of_unfold():
     assert torch.equal(found, expected)
 
 
+def test_patches_of_decoupled_are_the_channels_of_each_outputs_group():
+    layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(3, 4, 5, 5)
+    found = SCHEMES["decoupled"].input_patches(layer, x)
+    for output in range(6):
+        group = x[:, :2] if output < 3 else x[:, 2:]
+        assert torch.equal(found[output], group.movedim(1, -1).flatten(0, -2))
+
+
 def test_ranks_follow_the_outputs_where_calibrated():
     model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), torch.randn(64, 16)
     x[:, 3:] = 0  # three inputs matter

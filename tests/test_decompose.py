@@ -94,13 +94,6 @@ def test_input_model_is_untouched(training: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True))
 
 
-def test_make_plan_leaves_the_random_numbers_alone() -> None:
-    model, x = convolutional().train(), torch.randn(2, 3, 9, 9)
-    rng = torch.get_rng_state()
-    rp.make_plan(model, x, rule=rp.Budget(macs=0.7))
-    assert torch.equal(torch.get_rng_state(), rng)
-
-
 def test_modes_follow() -> None:
     model = convolutional().train()
     model[2].eval()
@@ -215,14 +208,6 @@ def test_a_model_that_keeps_parts_of_a_graph_in_lists_is_copied() -> None:
     model(x).sum().backward()
     plan = at_full_rank(rp.make_plan(model, x, rule=rp.FixedRank(4)))
     torch.testing.assert_close(rp.decompose(model, plan)(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_compiled_wrapper_is_taken_off() -> None:
-    model = convolutional()
-    plan = rp.make_plan(torch.compile(model, backend="eager"), rule=rp.FixedRank(2))
-    small = rp.decompose(torch.compile(model, backend="eager"), plan)
-    assert type(small) is nn.Sequential
-    assert list(small.state_dict()) == list(rp.decompose(nn.DataParallel(model), plan).state_dict())
 
 
 def test_decomposing_is_deterministic() -> None:

@@ -155,12 +155,14 @@ def test_work_is_shared_out_by_cost() -> None:
 def test_weights_on_the_cpu_go_through_the_device_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(distributed.dist, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(distributed, "_of_nccl", lambda: torch.device("cpu"))
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor.clone())
+    device, moved = torch.device("cuda", 3), []
+    monkeypatch.setattr(distributed, "_of_nccl", lambda: device)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where: (moved.append(where), tensor.clone())[1])
     monkeypatch.setattr(distributed.dist, "broadcast", lambda tensor, **_: sent.append(tensor.fill_(7.0)))
     target = torch.zeros(3)
     Team.alone()._broadcast(target, 1)
     assert sent[0] is not target
+    assert moved == [(device,)]
     assert target.tolist() == [7.0] * 3
 
 

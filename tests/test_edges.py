@@ -42,35 +42,9 @@ def test_one_pattern_may_be_a_plain_string():
     assert rp.make_plan(network(), rule=rp.FixedRank(2), exclude="2*").ranks == {"0": 2}
 
 
-def test_finalize_decomposes_the_weights_that_are_there():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trp = rp.TRP(model, rule=rp.FixedRank(3), every=1).attach(optimizer)
-    step(model, optimizer)
-    averaged = network()
-    model.load_state_dict(averaged.state_dict())  # as one does with the weights of an average, or of the best epoch
-    small = trp.finalize()
-    assert (small(X) - model(X)).abs().max() < 1e-5
-    assert not torch.equal(model[2].weight, averaged[2].weight)
-
-
 def test_a_budget_out_of_reach_is_told_before_the_training():
     with pytest.raises(rp.RankPruneError, match=r"Budget\(macs=0.01.* cannot be met"):
         rp.TRP(network(), rule=rp.Budget(macs=0.01), ramp=1000, example_inputs=X)
-
-
-@pytest.mark.parametrize("every", [1, 5, 100])
-def test_the_nuclear_term_does_not_depend_on_the_period(every: int):
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rp.TRP(model, rule=rp.Energy(1.0), every=every, nuclear=0.1).attach(optimizer)
-    before = torch.linalg.svdvals(model[2].weight.detach()).sum()
-    for _ in range(20):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-    after = torch.linalg.svdvals(model[2].weight.detach()).sum()
-    assert float(before - after) == pytest.approx(20 * 0.01 * 0.1 * 32, rel=0.1)  # the least values overshoot zero
 
 
 def test_the_nuclear_term_shrinks_also_where_the_optimizer_ascends():
@@ -200,20 +174,12 @@ def test_attaching_to_something_else_says_what_is_wanted():
         rp.TRP(model, rule=rp.Energy(0.9)).attach(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_what_could_not_be_counted_is_in_the_plan():
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell, self.body = nn.LSTM(16, 16), network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(self.cell(x)[0])
-
-    model = Recurrent()
-    plan = rp.make_plan(model, X, rule=rp.Budget(macs=0.7))
-    if rp.count(model, X).uncounted:
-        assert plan.uncounted == ("cell",)
-        assert "MACs not counted: cell" in str(plan)
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(16, 16)))
+    plan = rp.make_plan(nn.Sequential(quantized, network()), X, rule=rp.Budget(macs=0.7))
+    assert plan.uncounted == ("0.0",)
+    assert "MACs not counted: 0.0" in str(plan)
     assert rp.Plan.from_json(plan.to_json()) == plan
 
 

@@ -361,3 +361,20 @@ def test_spectra_alone_are_the_same_and_nothing_else_is_kept(monkeypatch: pytest
     for key, spectrum in whole.spectra.items():
         torch.testing.assert_close(alone.spectra[key].values, spectrum.values)
     assert planner.plan(alone) == planner.plan(whole)
+
+
+def test_two_plans_in_one() -> None:
+    model, x = ConvNet(), images()
+    a = rp.make_plan(model, x, scheme="channel", rule=rp.FixedRank(2), include=["strided"])
+    b = rp.make_plan(model, x, scheme="spatial", rule=rp.FixedRank(3), include=["up"])
+    timed = [replace(plan, ms_dense=1.0, ms_measured=0.5, input_shapes=((1,),)) for plan in (a, b)]
+    for both in (a | b, timed[0] | timed[1]):
+        assert both.ranks == {"strided": 2, "up": 3}
+        assert both.macs == a.macs + b.macs - a.macs_dense
+        assert (both.scheme, both.rule) == ("auto", "FixedRank(rank=2); FixedRank(rank=3)")
+        assert (both.ms, both.ms_dense, both.ms_measured, both.setting, both.input_shapes) == (None, None, None, None, ())
+    assert (a | replace(b, scheme="channel")).scheme == "channel"
+    other = rp.make_plan(model, torch.cat([x, x]), rule=rp.FixedRank(3), include=["up"])
+    for wrong in (other, rp.make_plan(nn.Sequential(nn.Linear(8, 8)), rule=rp.FixedRank(2), include=["*"])):
+        with pytest.raises(rp.RankPruneError, match="not of the same model, or not of example inputs"):
+            a | wrong

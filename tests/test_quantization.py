@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,19 @@ def test_quantized_file_is_smaller_and_computes_about_the_same(tmp_path: Path) -
     (found,) = OnnxRuntime().read(tmp_path / "int8.onnx", x)(x)
     difference = float((found - expected).norm() / expected.norm())
     assert 1e-4 < difference < 0.1
+
+
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_weights_are_scaled_per_channel_in_as_many_bits_as_asked_for(tmp_path: Path, reduce_range: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).eval(), torch.randn(2, 3, 9, 9)
+    rp.export_onnx(model, x, tmp_path / "float.onnx")
+    quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", [x], reduce_range=reduce_range)
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    inputs = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in values]
+    weights = {w: scale for w, scale, *_ in inputs if values[w].ndim == 4}
+    assert sorted(values[scale].shape for scale in weights.values()) == [(6,), (8,)]
+    assert {64 < abs(values[w].astype(int)).max() <= 128 for w in weights} == {not reduce_range}
 
 
 def test_what_cannot_be_quantized(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_budget_over_a_hundred_large_layers_takes_no_time() -> None:
     network = Cost(100 * 512 * 4608, 7 * 100 * 512 * 4608)
     begin = time.process_time()  # of this process, so that a busy machine fails no test
     Budget(macs=0.45).choose(layers, network)
-    assert time.process_time() - begin < 1.0
+    assert time.process_time() - begin < 5.0  # it takes a fifth of a second
 
 
 # -- bad input, text --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.schedule import TrainConfig, learning_rate
-from rankprune.recipes.training import train
+from rankprune.recipes.training import _Awaited, train
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, precision="float32", compile=False)
 
@@ -178,6 +178,22 @@ def test_input_share_is_the_part_of_the_time_that_batches_are_waited_for() -> No
 
     slow = train(network(), Slow(coloured(70), 16, pad=1), CONFIG)
     assert all(0.4 / e.seconds - 0.05 < e.input_share < 1 for e in slow)
+
+
+def test_waiting_for_batches_is_told_from_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal now
+        for _ in range(3):
+            now += 2
+            yield torch.zeros(1), torch.zeros(1)
+
+    awaited = _Awaited(stream(), 1.0)
+    for _ in awaited:
+        now += 5
+    assert awaited.seconds == 1 + 3 * 2
 
 
 def test_a_checkpoint_without_the_later_options_is_gone_on_from(checkpoint: Path) -> None:

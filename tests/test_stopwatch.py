@@ -44,3 +44,14 @@ def test_what_a_trp_adds_and_what_to_log() -> None:
     trp.detach()
     again = trp.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     assert again.overhead == 0, "counted since attach"
+
+
+@pytest.mark.parametrize(("every", "nuclear"), [(2, 0.0), (100, 1e-3)], ids=["projections", "nuclear terms"])
+def test_all_that_a_trp_does_is_overhead(every: int, nuclear: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.TRP(model, rule=rp.FixedRank(4), every=every, nuclear=nuclear).attach(optimizer)
+    for _ in range(3):
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    assert trp.overhead > 0

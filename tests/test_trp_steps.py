@@ -236,3 +236,15 @@ def test_terms_follow_a_model_to_another_device() -> None:
         weight = nn.Parameter(torch.zeros(2, 3, device="cuda"))
         weight.grad = torch.zeros_like(weight)
         add_to_gradients(torch.optim.SGD([weight]), {weight: torch.ones(2, 3)}, 0.1)
+
+
+def test_a_step_within_autocast_is_as_one_without() -> None:
+    models = [network(), network()]
+    for model, inside in zip(models, (False, True), strict=True):
+        forward = model.forward
+        model.forward = lambda x, forward=forward: torch.autocast("cpu", torch.bfloat16)(forward)(x).float()
+        optimizer = sgd(model)
+        rp.TRP(model, scheme="channel", rule=rp.Energy(0.8), every=2, nuclear=0.1).attach(optimizer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            train(model, optimizer, 4)
+    assert_same(*models, rtol=1e-4, atol=1e-5)

@@ -162,9 +162,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
     check_folder(path)
     check_batches(calibration)
     if source.with_name(f"{source.name}.data").exists():
-        raise ExportError(
-            f"{source.name} keeps its weights in a file beside it, as those over 2 GB do; quantise smaller parts"
-        )
+        raise ExportError(f"{source.name} keeps its weights in a file beside it, as those over 2 GB do; quantise smaller parts")
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -215,8 +215,12 @@ def _numerics(device: str) -> str:
     """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
-    cudnn = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) if device == "cuda" else None
-    return f"autocast {autocast}, float32 {torch.get_float32_matmul_precision()}, cudnn {cudnn}"
+    narrowed_by = [torch.get_float32_matmul_precision()]
+    if device == "cuda":
+        cudnn = torch.backends.cudnn
+        with suppress(RuntimeError):  # of settings of both the older and the newer kind
+            narrowed_by += [cudnn.allow_tf32, cudnn.benchmark]
+    return f"autocast {autocast}, float32 {narrowed_by}"
 
 
 def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
