@@ -99,7 +99,7 @@ def test_layers_and_ranks_are_chosen_by_options(tmp_path):
     invoke("plan", *MODEL, *INPUT, *choice, "--rule", "FixedRank(5)", "--out", str(tmp_path / "plan.json"))
     assert rp.Plan.load(tmp_path / "plan.json").ranks == {"layer3.0.conv2": 8, "layer3.2.conv2": 8}
     invoke("decompose", *MODEL, *INPUT, *choice, "--rule", "FixedRank(5)", "--out", str(tmp_path / "small"))
-    assert rp.Plan.load(tmp_path / "plan.json") == load_plan(tmp_path / "small")
+    assert load_plan(tmp_path / "small").ranks == rp.Plan.load(tmp_path / "plan.json").ranks
 
 
 def test_inputs_may_be_whole_numbers(monkeypatch, tmp_path):

@@ -166,7 +166,7 @@ class TRP:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._outermost.enter() or overflowed(optimizer) or not self.nuclear:
+        if not self._outermost.enter() or overflowed(optimizer):
             return None
 
         def add() -> None:
@@ -177,9 +177,9 @@ class TRP:
 
         with self._stopwatch.running():
             due = self.nuclear_cadence == "step" or self._projected_at == self.steps
-            if due and not self._subgradients:  # before the first projection, or of a state without them
+            if self.nuclear and due and not self._subgradients:  # before the first projection, or of a state without them
                 self._subgradients = subgradients(self._planner, self.plan, self._planner.factor())
-        if not self._subgradients:
+        if not self.nuclear or not self._subgradients:
             return None
         if has_closure(args, kwargs):
             return after_closure(args, kwargs, add)
