@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -220,7 +221,11 @@ def test_executorch_that_cannot_be_imported_is_missing(monkeypatch: pytest.Monke
 
 def test_inputs_keep_their_types_when_they_are_moved() -> None:
     class Outputs(UserDict):
-        """Knows its parts by number, too, like those of transformers."""
+        """Knows its parts by number, too, like those of transformers, and is not to be updated."""
+
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            assert not self.data, "only when it is made"
+            super().update(*args, **kwargs)
 
     inputs = {"encoded": Outputs(hidden=torch.zeros(2)), "other": MappingProxyType({"x": torch.ones(1)})}
     found = on_device(inputs, "meta")

@@ -200,8 +200,8 @@ class Configured(nn.Sequential):
         def __init__(self, attention: str) -> None:
             self._attn_implementation = attention
 
-        def to_dict(self) -> dict[str, Any]:
-            return {"width": 32, "dtype": torch.float32}
+        def to_json_string(self) -> str:
+            return '{"width": 32}'
 
     def __init__(self, attention: str) -> None:
         super().__init__(nn.Linear(32, 32))

@@ -237,7 +237,8 @@ def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
         parts = {key: each_leaf(function, value) for key, value in values.items()}
         if isinstance(values, MutableMapping) and type(values) is not dict:
             copied = copy.copy(values)
-            copied.update(parts)
+            for key, value in parts.items():  # those of transformers have no update()
+                copied[key] = value
             return copied
         return parts
     if type(values) in (tuple, list):

@@ -232,15 +232,15 @@ def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, texts, what holds only such, and the configuration of a model; None for all else."""
+    """Numbers, texts, what holds only such, and the configuration of a transformers model; None for all else."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
-    if hasattr(value, "to_dict") and not isinstance(value, type):
-        return {**_plain(value.to_dict()), "attention": getattr(value, "_attn_implementation", None)}
+    if hasattr(value, "to_json_string") and not isinstance(value, type):
+        return value.to_json_string(), getattr(value, "_attn_implementation", None)
     return None
 
 
