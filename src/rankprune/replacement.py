@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
     return small
 
 
-def _has_pairs(module: nn.Module) -> bool:
+def _has_pairs(module: nn.Module) -> TypeGuard[nn.TransformerEncoderLayer]:
     """Whether it is a TransformerEncoderLayer with something else in the place of a linear layer."""
     return isinstance(module, nn.TransformerEncoderLayer) and {type(module.linear1), type(module.linear2)} != {nn.Linear}
 
