@@ -1,6 +1,5 @@
 """AOTInductor: torch.export, compiled ahead of time to a library that runs without Python. It needs a C++ compiler."""
 
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,15 +21,16 @@ class AotInductor(FileBackend):
     ranks = 6
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
+        from torch._inductor.utils import fresh_inductor_cache  # takes seconds
+
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
         with (
-            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # else libraries with weights stay in a cache
+            fresh_inductor_cache(),  # in which it would leave a library with all weights
             warnings.catch_warnings(action="ignore"),  # what freezing imports uses what torch deprecates
         ):
-            # Freezing folds BatchNorm, and packs weights as the kernels want them.
-            configs = {"freezing": True, "aot_inductor.output_path": folder}
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
 
     def read(self, path: Path, x: Inputs) -> Program:
         with torch.cuda.device_of(tensors(x)[0]):  # of several GPUs it takes the present one
