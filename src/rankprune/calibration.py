@@ -76,6 +76,11 @@ def whitenings(
     return {key: _whitening(total, layers[key][1].input_on_rows, key[0]) for key, total in sums.items() if total.any()}
 
 
+def whitened(stacks: Mapping[tuple[str, str], Tensor], whites: Whitenings) -> dict[tuple[str, str], Tensor]:
+    """Stacks by (layer name, scheme name), those whitened that there is a Whitening for."""
+    return {key: whites[key].apply(stack) if key in whites else stack for key, stack in stacks.items()}
+
+
 @torch.no_grad()
 def _whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
     """The Whitening of an input covariance (matrices, size, size).

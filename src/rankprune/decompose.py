@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rankprune import linalg
-from rankprune.calibration import whitenings
+from rankprune.calibration import whitened, whitenings
 from rankprune.cost import Inputs
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
@@ -44,12 +44,12 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     """
     model = unwrap(model)
     modules = planned_modules(model, plan.decomposed)
-    schemes = {name: SCHEMES[plan.decomposed[name].scheme or ""] for name in modules}
-    layers = {(name, scheme.name): (modules[name], scheme) for name, scheme in schemes.items()}
+    keys = [(name, entry.scheme or "") for name, entry in plan.decomposed.items()]
+    layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}
     whites = {} if calibration is None else whitenings(model, layers, calibration)
     pairs = {}
     for stacks in planned_matrices(modules, plan):
-        stacks |= {key: whites[key].apply(stack) for key, stack in stacks.items() if key in whites}
+        stacks = whitened(stacks, whites)
         for key, basis in linalg.bases_by_layer(stacks).items():
             left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
             module, scheme = layers[key]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.backends import backend_named
 from rankprune.budget import Budget
-from rankprune.calibration import whitenings
+from rankprune.calibration import whitened, whitenings
 from rankprune.cost import Inputs
 from rankprune.distributed import Team, reshard
 from rankprune.errors import RankPruneError
@@ -142,8 +142,9 @@ class Planner:
 
     def complete(self, factored: Factored, names: Iterable[str]) -> None:
         """Factor some layers whole, under their first scheme, of which only leading vectors are known so far."""
-        keys = [self.options[name][0].key for name in names]
-        self._factor_into(factored, [key for key in keys if factored.spectra[key].known < factored.spectra[key].full_rank])
+        spectra = {key: factored.spectra[key] for key in (self.options[name][0].key for name in names)}
+        if short := [key for key, spectrum in spectra.items() if spectrum.known < spectrum.full_rank]:
+            self._factor_into(factored, short)
 
     def _factor_into(
         self,
@@ -154,8 +155,6 @@ class Planner:
     ) -> None:
         wanted = set(keys)
         weights = self.weights()
-        if not wanted:
-            return
         schemes = {name: [o.scheme for o in options if o.key in wanted] for name, options in self.options.items()}
         own: dict[str, Tensor] = {}
         for name in filter(schemes.get, schemes):
@@ -171,7 +170,7 @@ class Planner:
                     for name in names
                     for scheme in schemes[name]
                 }
-                stacks |= {key: white.apply(stacks[key]) for key, white in self._whitenings.items() if key in stacks}
+                stacks = whitened(stacks, self._whitenings)
                 bases = linalg.bases_by_layer(stacks, starts)
                 found |= {key: basis.spectrum.cpu() for key, basis in bases.items()}
                 if not spectra_only:

@@ -14,7 +14,6 @@ from rankprune.errors import RankPruneError
 
 Builder = Callable[..., nn.Module]
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-
 _IMPLEMENTATION = re.compile(r"_implementation(_internal)?$|^use_kernels$")
 
 
