@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,48 @@ def test_import_rankprune_loads_no_optional_package() -> None:
 
 def test_the_subprocess_sees_what_is_loaded() -> None:
     assert "rich" in loaded_by("import rich.table")
+
+
+# -- one call site ----------------------------------------------------------------------------------------------------
+
+FACTORIZATION = re.compile(r"\btorch\.linalg\b|\.(svd|svd_lowrank|pca_lowrank|qr|pinverse|lobpcg)$")
+
+
+def factorizations(source: str) -> list[str]:
+    """What a file uses of PyTorch's factorisations, however it imports them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in names if FACTORIZATION.search(name)]
+
+
+def test_torch_linalg_is_used_in_one_file() -> None:
+    uses = {str(path.relative_to(ROOT)): factorizations(path.read_text()) for path in ROOT.rglob("*.py")}
+    assert [name for name, found in uses.items() if found] == ["linalg.py"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.linalg.eigh(a)",
+        "import torch.linalg as la",
+        "from torch import linalg",
+        "from torch.linalg import svd",
+        "torch.svd(a)",
+        "u = a.svd()",
+        "torch.pca_lowrank(a)",
+        "lambda a: torch.linalg.svd(a)[1]",
+    ],
+)
+def test_the_scan_sees(line: str) -> None:
+    assert factorizations(line)
+
+
+@pytest.mark.parametrize("line", ["from rankprune import linalg", "linalg.bases(a, b)", "torch.nn.Linear(2, 2)"])
+def test_the_scan_lets_pass(line: str) -> None:
+    assert not factorizations(line)

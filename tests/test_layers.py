@@ -221,29 +221,6 @@ def test_planning_leaves_a_lazy_layer_lazy() -> None:
 # -- layers that run, but whose owner needs more of them than a Sequential gives --------------------------------------
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_transformer_encoder_still_runs(training: bool) -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
-    x = torch.randn(2, 3, 16)
-    plan = rp.make_plan(model, x, rule=rp.RankFraction(0.25), include=["*"])
-    project(model, plan)
-    with torch.no_grad():
-        assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("exclude", [[], ["layers.0.*"], ["layers.1.*"]])
-def test_a_stack_of_encoders_still_runs_with_a_padding_mask(exclude: list[str]) -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-    padding = torch.tensor([[False, False, True], [False, False, False]])
-    inputs = {"src": torch.randn(2, 3, 16), "src_key_padding_mask": padding}
-    plan = rp.make_plan(model, inputs, rule=rp.RankFraction(0.25), include=["*"], exclude=exclude)
-    project(model, plan)
-    with torch.no_grad():
-        small, dense = rp.decompose(model, plan)(**inputs), model(**inputs)
-    assert torch.allclose(small[~padding], dense[~padding], atol=1e-5)
-
-
 class Upsampler(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,7 @@
-import ast
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-import rankprune
 from rankprune import linalg
 from rankprune.errors import FactorizationError
 
@@ -263,52 +258,6 @@ def test_an_svd_that_is_not_finite_names_the_layer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.linalg, "svd", lambda m, **_: (m @ m.mT * torch.nan, m.sum(-1) * torch.nan, m))
     with pytest.raises(FactorizationError, match="'layer'"):
         factored(torch.randn(2, 6, 10, dtype=dtype))
-
-
-# -- one call site ----------------------------------------------------------------------------------------------------
-
-FACTORIZATION = re.compile(r"\btorch\.linalg\b|\.(svd|svd_lowrank|pca_lowrank|qr|pinverse|lobpcg)$")
-
-
-def factorizations(source: str) -> list[str]:
-    """What a file uses of PyTorch's factorisations, however it imports them."""
-    names = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            names.append(ast.unparse(node))
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return [name for name in names if FACTORIZATION.search(name)]
-
-
-def test_torch_linalg_is_used_in_one_file() -> None:
-    root = Path(rankprune.__file__).parent
-    uses = {str(path.relative_to(root)): factorizations(path.read_text()) for path in root.rglob("*.py")}
-    assert [name for name, found in uses.items() if found] == ["linalg.py"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.linalg.eigh(a)",
-        "import torch.linalg as la",
-        "from torch import linalg",
-        "from torch.linalg import svd",
-        "torch.svd(a)",
-        "u = a.svd()",
-        "torch.pca_lowrank(a)",
-        "lambda a: torch.linalg.svd(a)[1]",
-    ],
-)
-def test_the_scan_sees(line: str) -> None:
-    assert factorizations(line)
-
-
-@pytest.mark.parametrize("line", ["from rankprune import linalg", "linalg.bases(a, b)", "torch.nn.Linear(2, 2)"])
-def test_the_scan_lets_pass(line: str) -> None:
-    assert not factorizations(line)
 
 
 # -- factorisations that start from the last one ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Copies of a model with pairs in it, where modules have methods of their own on the instance."""
+"""Copies of a model with pairs in it: methods of their own on instances, and the fast paths of transformers."""
 
 from collections import OrderedDict
 from types import MethodType
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.projection import project
 
 
 @pytest.mark.parametrize("outer", ["", "1"])
@@ -44,3 +45,26 @@ def test_an_encoder_without_pairs_keeps_its_fast_path() -> None:
     x = torch.randn(2, 3, 16)
     with torch.no_grad():
         assert torch.equal(small.encoder(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_transformer_encoder_still_runs(training: bool) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 3, 16)
+    plan = rp.make_plan(model, x, rule=rp.RankFraction(0.25), include=["*"])
+    project(model, plan)
+    with torch.no_grad():
+        assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("exclude", [[], ["layers.0.*"], ["layers.1.*"]])
+def test_a_stack_of_encoders_still_runs_with_a_padding_mask(exclude: list[str]) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    inputs = {"src": torch.randn(2, 3, 16), "src_key_padding_mask": padding}
+    plan = rp.make_plan(model, inputs, rule=rp.RankFraction(0.25), include=["*"], exclude=exclude)
+    project(model, plan)
+    with torch.no_grad():
+        small, dense = rp.decompose(model, plan)(**inputs), model(**inputs)
+    assert torch.allclose(small[~padding], dense[~padding], atol=1e-5)
