@@ -53,8 +53,8 @@ def process() -> None:
     x = torch.zeros(1, 3, SIZE, SIZE)
     trp = rp.TRP(model, rule=RULE, scheme=SCHEME, every=10**6, nuclear=NUCLEAR, example_inputs=x)
     trp.attach(optimizer)
-    planner = trp._planner
-    team = planner.team
+    factorizer = trp._factorizer
+    team = factorizer.team
     received = 0
     broadcast = team._broadcast
 
@@ -73,10 +73,10 @@ def process() -> None:
     with FlopCounterMode(display=False) as counter:
         plan = trp.project()
     seconds = time.perf_counter() - begin
-    shapes = {name: options[0] for name, options in planner.options.items()}
+    shapes = {name: options[0] for name, options in factorizer.options.items()}
     predicted = 0.0
     for name, option in shapes.items():
-        if planner.owner[name] == team.rank:
+        if factorizer.owner[name] == team.rank:
             k = option.full_rank
             weights = option.layer.module.get_parameter("weight").numel()
             predicted += later_macs(k, weights // k, plan.ranks.get(name))
@@ -91,8 +91,8 @@ def process() -> None:
         everyone = [None] * team.size
         dist.all_gather_object(everyone, mine)
     if team.rank == 0:
-        planned = sum(4 * planner.layers[name].module.get_parameter("weight").numel() for name in plan.ranks)
-        considered = sum(4 * layer.module.get_parameter("weight").numel() for layer in planner.layers.values())
+        planned = sum(4 * factorizer.layers[name].module.get_parameter("weight").numel() for name in plan.ranks)
+        considered = sum(4 * layer.module.get_parameter("weight").numel() for layer in factorizer.layers.values())
         total = (planned + considered) * (team.size - 1)  # weights, and with a nuclear term as much again for all considered
         print("RESULT " + json.dumps({"processes": team.size, "bytes_predicted_in_all": total, "each": everyone}), flush=True)
     if together:

@@ -74,7 +74,7 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
     matrices = [
         SCHEMES[scheme].to_matrices(layer, layer.weight.detach())
         for layer_name, layer in model.named_modules()
-        if layer_name in trp._planner.layers
+        if layer_name in trp._factorizer.layers
     ]
 
     def restore(**changes: Any) -> None:

@@ -41,8 +41,8 @@ def compare(mode: str) -> None:
     trp = make(trainee)
     train(trainee, trp, rank, size, lambda step: evaluate(trainee))
     evaluate(trainee)
-    assert trp._planner.team.size == size
-    owners = set(trp._planner.owner.values())
+    assert trp._factorizer.team.size == size
+    owners = set(trp._factorizer.owner.values())
     assert owners == set(range(size)), f"the layers are shared out: {owners}"
     if mode != "ddp":
         with pytest.raises(rp.RankPruneError, match="into="):
@@ -86,7 +86,7 @@ def numerical_rank(weight: Tensor, plan: rp.Plan, name: str) -> int:
 
 def full_terms(trp: rp.TRP) -> dict[str, Tensor]:
     """The sub-gradients in whole."""
-    return {name: whole(term) for name, term in trp._subgradients.items()}
+    return {name: whole(term) for name, term in trp._iteration.subgradients.items()}
 
 
 def resume(mode: str) -> None:
@@ -193,7 +193,7 @@ def fail() -> None:
 
     def damage(step: int) -> None:
         if step == EVERY - 1:
-            name = next(n for n, owner in trp._planner.owner.items() if owner == 1)
+            name = next(n for n, owner in trp._factorizer.owner.items() if owner == 1)
             if rank == 1:
                 with torch.no_grad():
                     model.get_submodule(name).weight.fill_(float("nan"))

@@ -150,6 +150,9 @@ def channels_last() -> nn.Sequential:
     table = torch.arange(12.0).view(3, 4)
     model.register_buffer("head", table[:2])
     model.register_buffer("tail", table[1:])  # overlaps with the other
+    flat = torch.arange(6.0)
+    model.register_buffer("flat", flat)
+    model.register_buffer("grid", flat.view(2, 3))  # all of it, in another shape
     return model
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,7 +25,7 @@ from rankprune.integrations.hub import LowRank
 from shareable import ARGUMENTS, Net, same, shared
 
 FILES = {"README.md", "config.json", "model.safetensors", "rankprune.json"}
-RESULTS = {"top-1 %": (88.51, 87.71), "ms, batch 64": (None, 40.123456)}
+RESULTS = {"top-1 %": (88.51, 87.71), "ms, batch 64": (None, 40.123456), "loss": (1.23456e-5, 0.0)}
 
 
 class MixinNet(nn.Module, PyTorchModelHubMixin):
@@ -110,6 +111,7 @@ def test_the_card_says_what_it_costs_and_its_code_loads_it(tmp_path: Path) -> No
     assert f"| parameters | {plan.params_dense:,} | {plan.params:,} |" in card.text
     assert "| top-1 % | 88.51 | 87.71 |  |" in card.text
     assert "| ms, batch 64 |  | 40.1235 |  |" in card.text
+    assert "| loss | 1.235e-05 | 0.0 |  |" in card.text
     costs, folded, left = card.text.partition("<details><summary>2 layers decomposed</summary>")
     assert folded
     assert "`conv`" not in costs
@@ -238,6 +240,28 @@ def test_a_class_with_the_mixin_needs_no_builder(tmp_path: Path) -> None:
     same(found["model"], low.model)
     again = LowRank(found["model"], plan)
     assert (again.builder, again.arguments) == (low.builder, low.arguments)
+
+
+@dataclass
+class Sizes:
+    width: int = 8
+
+
+class OfSizes(MixinNet):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes.width)
+
+
+class OfKind(MixinNet):
+    def __init__(self, width: int, kind: type[nn.Module]) -> None:
+        super().__init__(width)
+
+
+@pytest.mark.parametrize("dense", [OfSizes(Sizes(32)), OfKind(32, nn.ReLU)], ids=["encoded", "left out"])
+def test_arguments_that_json_does_not_hold_as_they_were_are_not_kept(dense: MixinNet) -> None:
+    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
+    low = LowRank(rp.decompose(dense, plan), plan)
+    assert (low.builder, low.arguments) == (None, {})
 
 
 def test_a_class_that_nobody_can_import_keeps_its_arguments() -> None:

@@ -76,6 +76,7 @@ def test_a_damaged_folder_is_refused(file: str, content: str | None, message: st
         ({"builder": "resnet20"}, r"builder='resnet20'.*package\.module:callable"),
         ({"builder": "a:b\nimport os"}, r"package\.module:callable"),
         ({"arguments": {"dtype": torch.float32}}, r"cannot be written to config\.json"),
+        ({"arguments": {**ARGUMENTS, "heads": [{0: 4}]}}, r"cannot be written to config\.json \(keys come back as strings\)"),
         ({"builder": nn.Linear, "arguments": {}}, r"Linear cannot be called with arguments=\{\} \(missing a required argument"),
         ({"arguments": {**ARGUMENTS, "colour": 1}}, r"got an unexpected keyword argument 'colour'"),
         ({"results": {"top-1 %": (1.0,)}}, r"results\['top-1 %'\]=\(1\.0,\): give two numbers"),

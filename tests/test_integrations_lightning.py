@@ -202,6 +202,48 @@ def test_another_module_starts_anew() -> None:
     toy.really_projected(trp.trp, 20)
 
 
+class Rehearsing(pl.Callback):
+    """Saves and restores everything around some steps of its own, as Lightning's tuners do."""
+
+    def __init__(self, folder: Path, hook: str) -> None:
+        self.path = folder / "before.ckpt"
+        setattr(self, hook, self.rehearse)
+
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+        optimizer = trainer.optimizers[0]
+        for _ in range(toy.EVERY + 1):
+            pl_module(**toy.Data()[[0, 1]])["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        connector = trainer._checkpoint_connector
+        connector.resume_start(self.path, weights_only=True)
+        connector.restore_model()
+        connector.restore_callbacks()
+        connector.restore_optimizers_and_schedulers()
+        connector.resume_end()
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_epoch_start"])
+def test_a_tuner_leaves_the_training_as_it_was(tmp_path: Path, hook: str) -> None:
+    expected, trp = toy.plain_loop(), callback()
+    for _ in range(2):  # the second fit is of another module, as in a sweep
+        module = Lit()
+        trainer(Rehearsing(tmp_path, hook), trp).fit(module, loader())
+        toy.same_weights(module, expected.model)
+        toy.really_projected(trp.trp, 20)
+
+
+def test_a_checkpoint_without_a_state_is_told_of(tmp_path: Path) -> None:
+    runner = trainer(max_epochs=1)
+    runner.fit(Lit(), loader())
+    runner.save_checkpoint(tmp_path / "dense.ckpt")
+    trp = callback(ramp=0)
+    with pytest.warns(UserWarning, match="TRP starts anew at step 10"):
+        trainer(trp).fit(Lit(), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
+    assert [step for step, _ in trp.trp.history] == [4, 8]
+
+
 def test_testing_a_checkpoint_does_not_disturb_the_next_fit(tmp_path: Path) -> None:
     trp, module = callback(), Lit()
     runner = trainer(trp)

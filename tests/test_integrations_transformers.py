@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -113,11 +114,37 @@ def test_a_checkpoint_of_dense_training_starts_trp_anew(tmp_path: Path) -> None:
     assert [step for step, _ in trp.trp.history] == [4, 8]
 
 
-def test_without_the_callback_a_checkpoint_is_as_good(tmp_path: Path) -> None:
-    runner = trainer(tmp_path, toy.Net(), save_strategy="steps", save_steps=12)
+def test_a_state_from_before_a_training_without_the_callback_is_left_alone(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, toy.Net(), save_strategy="steps", save_steps=6)
     callback().attach(runner)
     runner.train()
-    trainer(tmp_path, toy.Net()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    model = toy.Net()
+    trainer(tmp_path, model, save_strategy="steps", save_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    values = torch.linalg.svdvals(model.head[0].weight.detach())
+    assert values[-1] > 1e-5 * values[0], "it was trained, and not projected"
+    runner = trainer(tmp_path, toy.Net())
+    trp = callback(ramp=0).attach(runner)
+    with pytest.warns(UserWarning, match="or that of another step: TRP starts anew"):
+        runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
+    assert trp.trp.steps == 2
+
+
+def test_where_optimizers_lose_the_state_it_is_in_that_of_the_trainer(tmp_path: Path) -> None:
+    def fit(checkpoint: Path | None = None) -> tuple[TRPCallback, toy.Net]:
+        model = toy.Net()
+        runner = trainer(tmp_path, model, save_strategy="steps", save_steps=6)
+        trp = callback(freeze=0.7, nuclear=0.0).attach(runner)  # whose tensors are then computed anew
+        runner.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return trp, model
+
+    whole, model = fit()
+    file = tmp_path / "checkpoint-6" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    assert saved["param_groups"][0].pop("rankprune")["global_step"] == 6
+    torch.save(saved, file)
+    resumed, again = fit(tmp_path / "checkpoint-6")
+    assert (resumed.trp.steps, resumed.trp.history, resumed.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(again, model)
 
 
 def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:
@@ -181,6 +208,50 @@ def test_a_best_checkpoint_from_within_the_ramp_is_told_of(tmp_path: Path) -> No
             runner.train()
         told = [str(w.message) for w in told if "before the ramp ended" in str(w.message)]
         assert len(told) == (best < trp.trp.schedule.ramp), (best, ramp)
+
+
+def test_of_the_best_checkpoint_ranks_are_chosen_anew_unless_they_were_frozen(tmp_path: Path) -> None:
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    for freeze in (None, 0.3):
+        runner = trainer(
+            tmp_path, toy.Net(), **often, load_best_model_at_end=True, metric_for_best_model="closeness", greater_is_better=True
+        )
+        runner.evaluate = lambda *_, runner=runner, **__: {"eval_closeness": -abs(runner.state.global_step - 8)}
+        trp = callback(rule=rp.Energy(0.9), ramp=0.2, freeze=freeze).attach(runner)
+        runner.train()
+        last, best = trp.trp.plan, rp.make_plan(runner.model, toy.X, rule=rp.Energy(0.9), scheme="spatial")
+        assert last.ranks != best.ranks
+        trp.finalize()
+        assert trp.trp.plan.ranks == (best if freeze is None else last).ranks
+
+
+@pytest.mark.parametrize("trainings", [1, 2])
+def test_a_forward_of_the_users_stays_under_mixed_precision(tmp_path: Path, trainings: int) -> None:
+    def doubled(self: toy.Net, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        return toy.Net.forward(self, 2 * x, labels)
+
+    model = toy.Net()
+    model.forward = MethodType(doubled, model)
+    runner = trainer(tmp_path, model, bf16=True)
+    trp = callback().attach(runner)
+    for _ in range(trainings):
+        runner.train()
+    clean = toy.Net()
+    clean.load_state_dict(model.state_dict())
+    clean.forward = MethodType(doubled, clean)
+    toy.finalizes(trp.finalize(), clean)
+
+
+def test_mixed_precision_of_two_trainings_is_taken_off(tmp_path: Path) -> None:
+    model, clean = toy.Net(), toy.Net()
+    runner = trainer(tmp_path, model, bf16=True)
+    trp = callback().attach(runner)
+    runner.train()
+    runner.train()
+    small = trp.finalize()
+    assert "forward" not in vars(small)
+    clean.load_state_dict(model.state_dict())
+    toy.finalizes(small, clean)
 
 
 def test_another_training_starts_anew_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -352,9 +352,9 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_spectra_alone_are_the_same_and_nothing_else_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     planner = Planner(ConvNet(), scheme="auto", rule=rp.FixedRank(2))
-    whole = planner.factor()
+    whole = planner.factorizer.factor()
     monkeypatch.setattr(linalg, "_BATCH", 2000)  # in several parts
-    alone = planner.factor(spectra_only=True)
+    alone = planner.factorizer.factor(spectra_only=True)
     assert not alone.stacks
     assert not alone.bases
     assert whole.spectra.keys() == alone.spectra.keys() == whole.bases.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankprune.errors import RankPruneError
-from rankprune.recipes.experiment import Experiment
+from rankprune.recipes.experiment import Experiment, TrpConfig
 
 invoke = pytest.importorskip("command_line", exc_type=ImportError).invoke
 Image = pytest.importorskip("PIL.Image")
@@ -39,6 +39,29 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     assert f"top-1 {result['top1']:.2f} % of 4 images" in shown
     with pytest.raises(RankPruneError, match="--resize would do nothing: without --size"):
         invoke("evaluate", *network, *data, "--resize", "40")
+
+
+def test_a_result_of_another_run_is_not_written_over(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", ["--data", str(tmp_path / "nothing")]
+    out.mkdir()
+    other = {"config": asdict(Experiment("renamed", method="dense", dataset="nothing", trp=TrpConfig(freeze=0.5)))}
+    (out / "result.json").write_text(json.dumps(other))
+    with pytest.raises(RankPruneError, match=r"result\.json' is the result of another run.*take another folder"):
+        invoke("train", *data, "--method", "decompose", "--start", "x.pth", "--out", str(out))
+    assert (out / "result.json").read_text() == json.dumps(other)
+    with pytest.raises(RankPruneError, match="no 'train' images under"):  # the same one, in a folder of another name
+        invoke("train", *data, "--method", "dense", "--epochs", "30", "--out", str(out))
+
+
+@pytest.mark.parametrize("data", [".", "../cats", str(Path("x") / ".." / ".." / "cats")])
+def test_images_are_called_after_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    (tmp_path / "cats" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cats")
+    ran = []
+    monkeypatch.setattr("rankprune.recipes.runner.run", lambda e, *rest: ran.append(e))
+    invoke("train", "--data", data, "--out", str(tmp_path / "out"), "--start", "12:30/model.pt")
+    assert ran[0].dataset == "cats"
+    assert ran[0].start == str((tmp_path / "cats" / "12:30" / "model.pt").resolve())
 
 
 def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

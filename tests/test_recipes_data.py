@@ -62,6 +62,15 @@ def test_incomplete_official_files(tmp_path: Path) -> None:
         load_images(tmp_path / "c", "train")
 
 
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_damaged_official_files_are_named(tmp_path: Path, kept: int) -> None:
+    write_official(tmp_path / "c")
+    file = tmp_path / "c" / "data_batch_2"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(rp.RankPruneError, match=r"data_batch_2' is damaged"):
+        load_images(tmp_path / "c", "train")
+
+
 def test_a_split_that_the_official_files_do_not_have(tmp_path: Path) -> None:
     write_official(tmp_path / "c")
     with pytest.raises(rp.RankPruneError, match="no split 'trian'; take 'train' or 'test'"):
@@ -147,7 +156,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", pictures(1, 8), ["a"])
     flat = torch.full((6, 12, 3), 77, dtype=torch.uint8)
     (tmp_path / "train" / "a" / "flat.png").write_bytes(png(flat))
-    with pytest.raises(rp.RankPruneError, match=r"differ in size.*\(6, 12, 3\), \(8, 8, 3\).*with size="):
+    with pytest.raises(rp.RankPruneError, match=r"differ in size.*\(6, 12, 3\), \(8, 8, 3\).*resnet18"):
         load_images(tmp_path, "train")
     resized = load_images(tmp_path, "train", size=8).images
     assert resized.shape == (2, 8, 8, 3)

@@ -13,6 +13,7 @@ import own_clock
 import rankprune as rp
 from coloured import coloured, write_parquet
 from rankprune.checkpoint import load_exactly, read_tensors
+from rankprune.projection import planned_spectra
 from rankprune.recipes import runner
 from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.evaluation import top1
@@ -164,6 +165,10 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
             before, after = (result["spectra"][when][name] for when in ("before", "after"))
             assert before[0] == after[0] == 1.0
             assert before[rank] > 1e-3 > 1e-5 > after[rank], "the tail is gone"
+    torch.manual_seed(TINY.training.seed)
+    fresh = planned_spectra(resnet("resnet20", 4), rp.Plan.from_json(json.dumps(results["trp"]["plan"])))
+    for name, values in results["trp"]["spectra"]["before"].items():
+        assert values == pytest.approx(fresh[name], rel=0.01), "of the network that was trained, before it was"
     dense, plain = (read_tensors(folders.runs / name / "dense.safetensors") for name in ("dense", "plain"))
     assert all(torch.equal(dense[name], plain[name]) for name in dense)
     assert results["plain"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
@@ -258,6 +263,14 @@ def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:
     assert (result["train_images"], result["test_images"], result["test_split"]) == (40, 8, "holdout")
 
 
+def test_a_file_of_weights_that_have_seen_the_held_out_images_is_refused(folders: Folders) -> None:
+    run(replace(TINY, name="all", method="dense"), folders)
+    file = str((folders.runs / "all" / "dense.safetensors").resolve())
+    with pytest.raises(rp.RankPruneError, match="held out 0 training images, this run 8"):
+        run(replace(TINY, start=file, holdout=8), folders)
+    assert run(replace(TINY, name="on", method="dense", start=file), folders)["test_split"] == "test"
+
+
 @pytest.mark.parametrize("role", ["start", "teacher", "reference"])
 def test_what_has_seen_the_held_out_images_is_refused(folders: Folders, role: str) -> None:
     run(replace(TINY, name="all", method="dense"), folders)
@@ -294,6 +307,10 @@ def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Folders.from_environment("r") == Folders(tmp_path / "d", tmp_path / "models", Path("r"))
     (tmp_path / "d" / "models").mkdir(parents=True)
     assert Folders.from_environment().models == tmp_path / "d" / "models"
+    (tmp_path / "sets").mkdir()
+    monkeypatch.chdir(tmp_path / "sets")
+    monkeypatch.setenv("RANKPRUNE_DATA", ".")
+    assert Folders.from_environment().models.resolve() == tmp_path.resolve() / "models"
 
 
 def test_another_seed_builds_on_the_runs_of_that_seed() -> None:

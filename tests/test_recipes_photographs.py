@@ -221,6 +221,53 @@ def test_far_too_large_an_image_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         load_photographs(root, "train").picture(0)
 
 
+def test_a_damaged_image_is_named_whatever_its_decoder_raises(tmp_path: Path) -> None:
+    root, file = folder_of(tmp_path, "train/a/0.png"), tmp_path / "train" / "a" / "0.png"
+    noise = torch.randint(256, (200, 200, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    second = png(noise).replace(b"IDAT", b"idat").replace(b"idat", b"IDAT", 1).replace(b"idat", b"\x00\x01\x02\x03")
+    file.write_bytes(second)
+    with pytest.raises(SyntaxError, match="broken PNG"):
+        Image.open(io.BytesIO(second)).convert("RGB")
+    with pytest.raises(rp.RankPruneError, match=r"0\.png' is no image, a damaged one"):
+        load_photographs(root, "train").picture(0)
+
+
+def test_a_cell_without_an_image_is_named(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": png(photograph(0)), "path": None}, None, {"bytes": None, "path": None}]
+    parquet.write_table(arrow.table({"image": cells, "label": [0, 1, 1]}), tmp_path / "train-0.parquet")
+    train = load_photographs(tmp_path, "train")
+    assert train.picture(0).size
+    for i in (1, 2):
+        with pytest.raises(rp.RankPruneError, match=f"image {i} of .* is missing"):
+            train.picture(i)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PAR1"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "train-0.parquet", range(2), [0, 1])
+    (tmp_path / "train-1.parquet").write_bytes(content)
+    with pytest.raises(rp.RankPruneError, match=r"train-1\.parquet' is no parquet file, or a damaged one"):
+        load_photographs(tmp_path, "train")
+
+
+def test_parquet_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_parquet(tmp_path / "train-0.parquet", range(2), [0, 1])
+    parquet.write_table(arrow.table({"image": [{"bytes": b"", "path": None}], "label": ["a"]}), tmp_path / "train-1.parquet")
+    with pytest.raises(rp.RankPruneError, match=r"train-1\.parquet' has other columns than .*train-0\.parquet'"):
+        load_photographs(tmp_path, "train")
+
+
+def test_sources_of_which_none_is_there_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", range(4), [0, 1, 0, 1])  # of another data set
+    named = replace(CONFIG, sources=("imagenette112", "imagenette"))
+    e = Experiment("quick", model="resnet18", dataset="imagenette", batch=2, photographs=named)
+    with pytest.raises(rp.RankPruneError, match="none of imagenette112, imagenette is a folder in"):
+        load_data(e, tmp_path, Processes())
+
+
 def test_a_worker_names_the_damaged_image_in_one_line(tmp_path: Path) -> None:
     root = folder_of(tmp_path, "train/a/0.png")
     (root / "train" / "a" / "1.png").write_bytes(b"no image")
@@ -234,6 +281,7 @@ def test_a_worker_names_the_damaged_image_in_one_line(tmp_path: Path) -> None:
     [
         ({"image": [{"bytes": b"", "path": None}], "label": ["cat"]}, "labels that are not whole numbers"),
         ({"image": [{"bytes": b"", "path": None}], "label": [None]}, "labels that are not whole numbers"),
+        ({"image": [{"bytes": b"", "path": None}], "label": [True]}, "labels that are not whole numbers"),
         ({"image": [b""], "label": [0]}, "cells of bytes and path"),
         ({"image": [], "label": []}, "is empty"),
     ],
@@ -278,6 +326,30 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(*images)
     with pytest.raises(rp.RankPruneError, match="cannot load the data set"):
         load_photographs(f"hub:{tmp_path / 'nowhere'}", "train")
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], [0, None]])
+def test_a_data_set_of_the_hub_whose_labels_are_no_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    columns = {"image": [{"bytes": png(photograph(i)), "path": None} for i in range(2)], "label": labels}
+    kind = datasets.Value("string" if "cat" in labels else "int64")
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-0.parquet")
+    with pytest.raises(rp.RankPruneError, match="labels that are not whole numbers"):
+        load_photographs(f"hub:{tmp_path / 'set'}", "train")
+
+
+def test_a_data_set_of_the_hub_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train-0.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(rp.RankPruneError, match="cannot load the data set"):
+        load_photographs(f"hub:{tmp_path / 'set'}", "train")
 
 
 @pytest.mark.parametrize(

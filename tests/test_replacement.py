@@ -1,6 +1,8 @@
 """Copies of a model with pairs in it: methods of their own on instances, and the fast paths of transformers."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 
 import pytest
@@ -34,6 +36,27 @@ def test_a_method_that_is_compiled_is_not_in_the_copy(outer: str) -> None:
     small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]))
     assert "forward" in vars(around)
     assert rp.count(small, torch.zeros(1, 32)).macs == 3 * 2 * 64
+
+
+def test_a_decorated_method_that_is_compiled_is_not_in_the_copy() -> None:
+    class Decorated(nn.Sequential):
+        @no_grad
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model = Decorated(nn.Linear(32, 32), nn.ReLU())
+    model.forward = torch.compile(model.forward, backend="eager")
+    small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2), include=["*"]))
+    assert rp.count(small, torch.zeros(1, 32)).macs == 2 * 64
+
+
+def no_grad(function: Callable) -> Callable:
+    @wraps(function)
+    def wrapper(*args: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return function(*args)
+
+    return wrapper
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

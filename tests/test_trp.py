@@ -124,13 +124,14 @@ def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_aga
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 10))
     model[0].weight.data = torch.randn(300, 40) @ torch.randn(40, 300) / 300 + 0.01 * torch.randn(300, 300)
     planner = Planner(model, scheme="channel", rule=rp.FixedRank(40))
-    before = planner.factor()
-    factored = planner.factor(planner.leading(planner.plan(before), before))
+    factorizer = planner.factorizer
+    before = factorizer.factor()
+    factored = factorizer.factor(factorizer.leading(planner.plan(before), before))
     assert factored.spectra["0", "linear"].known < 300
     plan = planner.plan(factored, rp.FixedRank(300))
     assert not plan.projected
     weight = model[0].weight.detach().clone()
-    term = project_with_subgradients(planner, plan, factored)["0"]
+    term = project_with_subgradients(factorizer, plan, factored)["0"]
     assert torch.equal(model[0].weight, weight)
     u, _, vh = torch.linalg.svd(weight.double())
     torch.testing.assert_close(term.double(), u @ vh, rtol=0, atol=1e-3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.nn import functional as F
 
 import rankprune as rp
@@ -159,6 +160,30 @@ def test_steps_skipped_for_overflow_do_not_count(make: Callable) -> None:
     assert trp.steps == 5
     assert [step for step, _ in trp.history] == [3]
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_step_that_only_makes_the_optimizers_state_does_not_count(tensor: bool) -> None:
+    model = network()
+    lr = torch.tensor(0.01) if tensor else 0.01
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=1, nuclear=1e-2).attach(optimizer)
+    before = copy.deepcopy(model)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    assert state.keys() >= {"state.first.weight.exp_avg"}
+    assert not any(moments["exp_avg"].any() for moments in optimizer.state.values())
+    exactly_same(model, before)
+    assert (trp.steps, trp.history) == (0, [])
+
+
+def test_a_step_at_a_learning_rate_of_zero_counts() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the first of a warm-up
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=1).attach(optimizer)
+    backward(model, *next(iter(batches(1))))
+    optimizer.step()
+    assert (trp.steps, [step for step, _ in trp.history]) == (1, [1])
 
 
 def test_accumulated_gradients_count_once() -> None:

@@ -21,7 +21,7 @@ from rankprune.schemes.base import Convolution
 
 FORMAT = 1
 """Version of an artefact. A reader refuses any other."""
-_WEIGHTS, _HEAD = "model.safetensors", "rankprune.json"
+FILES = _WEIGHTS, _HEAD = "model.safetensors", "rankprune.json"
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema")
 
@@ -295,4 +295,11 @@ def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         else:
             first[key] = name
             kept[name] = tensor.detach().contiguous()
-    return {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in kept.items()}, aliases
+    storages: set[int] = set()
+    for name, tensor in kept.items():  # none may share its memory with another, nor be a part of some
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            kept[name] = tensor.clone()
+        elif tensor.numel():
+            storages.add(storage.data_ptr())
+    return kept, aliases

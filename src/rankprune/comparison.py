@@ -91,7 +91,7 @@ def layer_curve(
     model = unwrap(model)
     if name not in dict(model.named_modules()):
         raise RankPruneError(f"there is no layer {name!r}; the model's modules are named as in model.named_modules()")
-    options = Planner(model, scheme=scheme, rule=RankFraction(1.0), example_inputs=x, include=[name]).options[name]
+    options = Planner(model, scheme=scheme, rule=RankFraction(1.0), example_inputs=x, include=[name]).survey.options[name]
     ranks = {o.scheme: ranks_to_try(o.full_rank, count) for o in options}
     subject = Subject(options[0].layer.module, options[0].input_shapes, ranks)
     times = measure_layer(model, x, name, subject, backend, threads)

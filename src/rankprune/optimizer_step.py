@@ -9,11 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankprune.distributed import is_sharded
+
 
 def overflowed(optimizer: Optimizer) -> bool:
     """Whether a GradScaler told a fused optimizer to skip this step."""
     found: Callable[[], float] | Tensor | None = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found.item())
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether all learning rates and gradients are zero: so torch.distributed.checkpoint has an optimizer make its state."""
+    if not all(_is_zero(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return all(gradient.layout == torch.strided and not gradient.count_nonzero() for gradient in map(_local, gradients))
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    return lr == 0 if not isinstance(lr, Tensor) else lr.device.type == "cpu" and not lr
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
 
 
 class Outermost:

@@ -1,21 +1,20 @@
-"""From a model to a Plan: factor its layers as matrices, and let the rule choose."""
+"""From a model to a Plan: let the rule choose by the spectra of its layers and by what they cost."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rankprune import linalg
 from rankprune.backends import backend_named
 from rankprune.budget import Budget
-from rankprune.calibration import whitened, whitenings
+from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
-from rankprune.distributed import Team, reshard
+from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
+from rankprune.factorizer import Factored, Factorizer
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
-from rankprune.layers import Layer, unwrap
-from rankprune.linalg import Basis
+from rankprune.layers import unwrap
 from rankprune.plan import LayerPlan, Plan
 from rankprune.ranks import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
@@ -23,18 +22,6 @@ from rankprune.survey import Key, Option, subject, survey
 
 _TRIALS = 3
 """How often at most times are set right by a network as it would be decomposed."""
-
-
-@dataclass
-class Factored:
-    """The weights of a moment, factored: everything known so far, by layer and scheme.
-
-    `spectra` are those of all layers; `stacks` and `bases` those of the layers that this process owns.
-    """
-
-    spectra: dict[Key, Spectrum] = field(default_factory=dict)
-    stacks: dict[Key, Tensor] = field(default_factory=dict)
-    bases: dict[Key, Basis] = field(default_factory=dict)
 
 
 class Planner:
@@ -78,20 +65,20 @@ class Planner:
         self.model = unwrap(model)
         self.scheme, self.rule, self.round_to = scheme, rule, round_to
         self.survey = survey(self.model, scheme, example_inputs, include, exclude)
-        self.options = self.survey.options
-        self._flat = {o.key: o for options in self.options.values() for o in options}
+        options = self.survey.options
+        self._flat = {o.key: o for schemes in options.values() for o in schemes}
         self.latency: NetworkLatency | None = None
         if rule.metric == "latency":
             if not isinstance(rule, Budget) or example_inputs is None:
                 raise RankPruneError(f"{rule!r} goes by latency but names no backend; derive the rule from Budget")
             tries = backend_named(rule.backend).ranks
-            subjects = {name: subject(options, tries, round_to) for name, options in self.options.items()}
+            subjects = {name: subject(schemes, tries, round_to) for name, schemes in options.items()}
             self.latency = NetworkLatency(self.model, example_inputs, subjects, rule.backend, rule.threads)
         else:
             self._choose_flat()
-        self._share_out(Team.alone())
         layers = {key: (o.layer.module, o.scheme) for key, o in self._flat.items()}
-        self._whitenings = {} if calibration is None else whitenings(self.model, layers, calibration)
+        whites = {} if calibration is None else whitenings(self.model, layers, calibration)
+        self.factorizer = Factorizer(self.model, options, whites)
 
     def join(self, team: Team) -> None:
         """From now on share the factorisations with the other processes of a team; all must then call the same methods.
@@ -102,83 +89,15 @@ class Planner:
         Raises:
             RankPruneError: if latency cannot be measured here, or the budget in it cannot be met.
         """
-        self._share_out(team)
+        self.factorizer.share_out(team)
         if self.latency is not None:
             self.latency.measure(team, self._choose_flat)
             self._choose_flat()  # also with the times that were loaded, or corrected
-
-    def _share_out(self, team: Team) -> None:
-        self.team = team
-        self.owner = team.owners({name: sum(map(_effort, options)) for name, options in self.options.items()})
 
     def _choose_flat(self, table: LatencyTable | None = None) -> Variant:
         """What the rule chooses where all singular values are equal. Raises if it cannot be met, whatever the spectra."""
         spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in self._flat.items()}
         return _variant(self._choose(spectra, self.rule, table)[1])
-
-    @property
-    def layers(self) -> dict[str, Layer]:
-        """The layers under consideration, by name."""
-        return {name: options[0].layer for name, options in self.options.items()}
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The weights of the layers under consideration, by name; under FSDP2 the shards, also right after an evaluation."""
-        reshard(self.model)
-        return {name: layer.module.get_parameter("weight") for name, layer in self.layers.items()}
-
-    @torch.no_grad()
-    def factor(
-        self, starts: Mapping[Key, Tensor] | None = None, keys: Iterable[Key] | None = None, *, spectra_only: bool = False
-    ) -> Factored:
-        """Factor the present weights, every layer under every scheme it may get, or those in `keys`.
-
-        Args:
-            starts: leading vectors known from a little earlier, as linalg.bases takes them; other layers get their whole basis.
-            spectra_only: keep no stacks and bases, which take more space than the model, for planning without projecting.
-        """
-        factored = Factored()
-        self._factor_into(factored, self._flat if keys is None else keys, starts, spectra_only)
-        return factored
-
-    def complete(self, factored: Factored, names: Iterable[str]) -> None:
-        """Factor some layers whole, under their first scheme, of which only leading vectors are known so far."""
-        spectra = {key: factored.spectra[key] for key in (self.options[name][0].key for name in names)}
-        if short := [key for key, spectrum in spectra.items() if spectrum.known < spectrum.full_rank]:
-            self._factor_into(factored, short)
-
-    def _factor_into(
-        self,
-        factored: Factored,
-        keys: Iterable[Key],
-        starts: Mapping[Key, Tensor] | None = None,
-        spectra_only: bool = False,
-    ) -> None:
-        wanted = set(keys)
-        weights = self.weights()
-        schemes = {name: [o.scheme for o in options if o.key in wanted] for name, options in self.options.items()}
-        own: dict[str, Tensor] = {}
-        for name in filter(schemes.get, schemes):
-            whole = self.team.whole(weights[name])  # all take part, owner or not
-            if self.owner[name] == self.team.rank:
-                own[name] = whole
-
-        def spectra() -> dict[Key, Spectrum]:
-            found = {}
-            for names in linalg.in_parts({name: whole.numel() for name, whole in own.items()}) if spectra_only else [own]:
-                stacks = {
-                    (name, scheme.name): scheme.to_matrices(self.options[name][0].layer.module, own[name])
-                    for name in names
-                    for scheme in schemes[name]
-                }
-                stacks = whitened(stacks, self._whitenings)
-                bases = linalg.bases_by_layer(stacks, starts)
-                found |= {key: basis.spectrum.cpu() for key, basis in bases.items()}
-                if not spectra_only:
-                    factored.stacks |= stacks
-                    factored.bases |= bases
-            return found
-
-        factored.spectra |= self.team.share(spectra)
 
     def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:
         """Let the rule (or another one in its place) choose for the present weights.
@@ -215,7 +134,7 @@ class Planner:
             return
         for _ in range(_TRIALS):
             variant = _variant(self._settle(factored, self.rule)[1])
-            if self.latency.known.measured_ns(variant) is not None or not self.latency.correct(self.team, variant):
+            if self.latency.known.measured_ns(variant) is not None or not self.latency.correct(self.factorizer.team, variant):
                 break
 
     def timed(self, plan: Plan) -> Plan:
@@ -224,7 +143,7 @@ class Planner:
             return plan
         variant = {name: (entry.scheme or "", entry.rank or 1) for name, entry in plan.decomposed.items()}
         if self.latency.known.measured_ns(variant) is None:
-            self.latency.correct(self.team, variant, fit=False)
+            self.latency.correct(self.factorizer.team, variant, fit=False)
         return replace(plan, ms_measured=_in_ms(self.latency.known.measured_ns(variant)))
 
     def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
@@ -235,7 +154,7 @@ class Planner:
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
                 return candidates, choices
-            self._factor_into(factored, short)
+            self.factorizer.complete(factored, short)
 
     def _choose(
         self, spectra: Mapping[Key, Spectrum], rule: RankRule, table: LatencyTable | None = None
@@ -245,23 +164,10 @@ class Planner:
             table = self.latency.known
         candidates = {
             name: [_candidate(o, spectra[o.key], self.round_to, table) for o in options]
-            for name, options in self.options.items()
+            for name, options in self.survey.options.items()
         }
         network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
         return candidates, rule.choose(candidates, network)
-
-    def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
-        """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
-        starts = {}
-        for name, entry in plan.projected.items():
-            chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
-            metric = "params" if chosen.unit.macs is None else "macs"
-            for o in self.options[name]:
-                basis, stack = factored.bases.get(o.key), factored.stacks.get(o.key)
-                rank = -(-(entry.rank or 1) * chosen.unit.of(metric) // max(o.unit.of(metric), 1))
-                if basis is not None and stack is not None and linalg.worth_starting(stack, rank):
-                    starts[name, o.scheme.name] = basis.vectors[..., :rank].float().clone()
-        return starts
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self.survey.dense[name]
@@ -312,15 +218,9 @@ def make_plan(
         calibration=calibration,
     )
     planner.join(Team.alone())
-    factored = planner.factor(spectra_only=True)
+    factored = planner.factorizer.factor(spectra_only=True)
     planner.correct_latency(factored)
     return planner.timed(planner.plan(factored))
-
-
-def _effort(option: Option) -> float:
-    """About how long the factorisation takes, in arbitrary units."""
-    weight = option.layer.module.get_parameter("weight")
-    return weight.numel() * option.full_rank
 
 
 def _candidate(option: Option, spectrum: Spectrum, round_to: int, table: LatencyTable | None) -> Candidate:

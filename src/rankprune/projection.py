@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.errors import RankPruneError
+from rankprune.factorizer import Factored, Factorizer
 from rankprune.layers import own_weight, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import Factored, Planner
 from rankprune.schemes import SCHEMES
 from rankprune.survey import Key, Option
 
@@ -84,43 +84,44 @@ def project(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def project_factored(planner: Planner, plan: Plan, factored: Factored) -> None:
+def project_factored(factorizer: Factorizer, plan: Plan, factored: Factored) -> None:
     """As project, for the weights that `factored` is of; every process of the team computes those it owns."""
 
     def compute() -> dict[str, Tensor]:
         return {
             owned.name: owned.as_weight(linalg.project(owned.stack, owned.basis, owned.rank))
-            for owned in _owned(planner, plan, factored)
+            for owned in _owned(factorizer, plan, factored)
             if owned.rank is not None
         }
 
-    _write(planner, plan, planner.team.together(compute))
+    _write(factorizer, plan, factorizer.team.together(compute))
 
 
 @torch.no_grad()
-def project_with_subgradients(planner: Planner, plan: Plan, factored: Factored) -> dict[str, Tensor]:
+def project_with_subgradients(factorizer: Factorizer, plan: Plan, factored: Factored) -> dict[str, Tensor]:
     """project_factored and subgradients at once, for less than the two.
 
     Layers that the plan gives no rank, though leading vectors were known, are factored whole for that, into `factored`.
     """
-    planner.complete(factored, [name for name in planner.options if name not in plan.projected])
+    unranked = [options[0].key for name, options in factorizer.options.items() if name not in plan.projected]
+    factorizer.complete(factored, unranked)
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         low, own = {}, {}
-        for owned in _owned(planner, plan, factored):
+        for owned in _owned(factorizer, plan, factored):
             projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
             own[owned.name] = owned.as_weight(term)
             if owned.rank is not None:
                 low[owned.name] = owned.as_weight(projected)
         return low, own
 
-    low, own = planner.team.together(compute)
-    _write(planner, plan, low)
-    return _gathered(planner, own)
+    low, own = factorizer.team.together(compute)
+    _write(factorizer, plan, low)
+    return _gathered(factorizer, own)
 
 
 @torch.no_grad()
-def subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
+def subgradients(factorizer: Factorizer, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
     """For each considered layer U V^T in the shape of its weight; every process of the team computes those it owns.
 
     Of a layer that the plan gives a rank it is taken over the ranks it keeps, of others over all.
@@ -129,20 +130,20 @@ def subgradients(planner: Planner, plan: Plan | None, factored: Factored) -> dic
     def compute() -> dict[str, Tensor]:
         return {
             owned.name: owned.as_weight(linalg.nuclear_subgradient(owned.stack, owned.basis, owned.rank))
-            for owned in _owned(planner, plan, factored)
+            for owned in _owned(factorizer, plan, factored)
         }
 
-    return _gathered(planner, planner.team.together(compute))
+    return _gathered(factorizer, factorizer.team.together(compute))
 
 
-def _write(planner: Planner, plan: Plan, low: Mapping[str, Tensor]) -> None:
-    weights = planner.weights()
-    planner.team.publish({name: weights[name] for name in plan.projected}, low, planner.owner)
+def _write(factorizer: Factorizer, plan: Plan, low: Mapping[str, Tensor]) -> None:
+    weights = factorizer.weights()
+    factorizer.team.publish({name: weights[name] for name in plan.projected}, low, factorizer.owner)
 
 
-def _gathered(planner: Planner, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    terms = {name: torch.empty_like(weight) for name, weight in planner.weights().items()}
-    planner.team.publish(terms, own, planner.owner)
+def _gathered(factorizer: Factorizer, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    terms = {name: torch.empty_like(weight) for name, weight in factorizer.weights().items()}
+    factorizer.team.publish(terms, own, factorizer.owner)
     return terms
 
 
@@ -160,8 +161,8 @@ class _Owned:
         return self.option.scheme.to_weight(self.option.layer.module, stack)
 
 
-def _owned(planner: Planner, plan: Plan | None, factored: Factored) -> Iterator[_Owned]:
-    for name, options in planner.options.items():
+def _owned(factorizer: Factorizer, plan: Plan | None, factored: Factored) -> Iterator[_Owned]:
+    for name, options in factorizer.options.items():
         entry = None if plan is None else plan.projected.get(name)
         option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
         key = name, option.scheme.name

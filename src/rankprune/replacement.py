@@ -60,7 +60,8 @@ def _has_pairs(module: nn.Module) -> TypeGuard[nn.TransformerEncoderLayer]:
 def _compiled_methods(module: nn.Module) -> list[str]:
     """The attributes of the instance that are its own methods, compiled."""
     compiled = {name: value for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")}
-    return [name for name, value in compiled.items() if getattr(inspect.unwrap(value), "__self__", None) is module]
+    methods = {name: inspect.unwrap(value, stop=lambda inner: hasattr(inner, "__self__")) for name, value in compiled.items()}
+    return [name for name, method in methods.items() if getattr(method, "__self__", None) is module]
 
 
 def _non_leaves(value: Any) -> Iterator[Tensor]:

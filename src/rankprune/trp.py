@@ -1,29 +1,26 @@
 """Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from rankprune.cost import Inputs
 from rankprune.decompose import decompose
-from rankprune.distributed import Team, is_sharded, reshard, sharded_like
+from rankprune.distributed import Team, is_sharded, reshard
 from rankprune.errors import RankPruneError
+from rankprune.iteration import LowRankIteration
 from rankprune.layers import unwrap
-from rankprune.optimizer_step import Outermost, add_to_gradients, after_closure, has_closure, overflowed
+from rankprune.optimizer_step import Outermost, add_to_gradients, after_closure, has_closure, is_rehearsal, overflowed
 from rankprune.plan import Plan
-from rankprune.planner import Factored, Planner
-from rankprune.projection import project_factored, project_with_subgradients, subgradients
+from rankprune.planner import Planner
 from rankprune.ranks import RankRule
 from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
-from rankprune.survey import Key
 
 _ATTACHED: "WeakKeyDictionary[Optimizer, WeakSet[TRP]]" = WeakKeyDictionary()
 
@@ -57,9 +54,8 @@ class TRP:
 
     Attributes:
         schedule: when it projects, and by which rule.
-        plan: the plan of the last projection; None before the first.
-        steps: optimizer steps taken while attached (steps that a GradScaler skipped are not counted).
-        history: for every projection the step it followed and the rank of each layer it decomposed.
+        steps: optimizer steps taken while attached. Those that a GradScaler skipped are not counted, nor are those without
+            gradients by which torch.distributed.checkpoint makes an optimizer's state.
 
     Raises:
         RankPruneError: for values out of range and whatever make_plan raises, but for what concerns latencies: attach() times.
@@ -95,18 +91,24 @@ class TRP:
             exclude=exclude,
             round_to=round_to,
         )
+        self._factorizer = self._planner.factorizer
         self.model, self.schedule = self._planner.model, Schedule(rule, every, ramp, freeze)
         self.nuclear, self.nuclear_cadence = nuclear, nuclear_cadence
-        self.plan: Plan | None = None
+        self._iteration = LowRankIteration(self._planner, self.schedule, nuclear > 0)
         self.steps = 0
-        self.history: list[tuple[int, dict[str, int]]] = []
         self._process_group = process_group
-        self._stopwatch, self._outermost = Stopwatch(), Outermost()
-        self._projected_at: int | None = None
-        self._annealed = True
-        self._subgradients: dict[str, Tensor] = {}
-        self._starts: dict[Key, Tensor] = {}
+        self._stopwatch, self._outermost, self._counts = Stopwatch(), Outermost(), True
         self._handles: list[Any] = []
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last projection; None before the first."""
+        return self._iteration.plan
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, int]]]:
+        """For every projection the step it followed and the rank of each layer it decomposed."""
+        return self._iteration.history
 
     # -- the optimizer's hooks ------------------------------------------------------------------------------------
 
@@ -127,11 +129,11 @@ class TRP:
                 f"attach() takes a torch.optim.Optimizer, not a {type(optimizer).__name__}; a wrapper holds one, "
                 "often as .optimizer"
             )
-        if self._handles:
+        if self.attached:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
-        weights = self._planner.weights()
+        weights = self._factorizer.weights()
         for other in _ATTACHED.get(optimizer, ()):
-            theirs = set(map(id, other._planner.weights().values()))
+            theirs = set(map(id, other._factorizer.weights().values()))
             if shared := [name for name, weight in weights.items() if id(weight) in theirs]:
                 raise RankPruneError(
                     f"another TRP is attached to this optimizer that has {len(shared)} of these layers, too "
@@ -142,7 +144,7 @@ class TRP:
         missing = [name for name, weight in weights.items() if id(weight) not in held]
         if missing:
             raise RankPruneError(
-                f"the optimizer does not hold the weights of {len(missing)} of {len(self._planner.layers)} layers "
+                f"the optimizer does not hold the weights of {len(missing)} of {len(self._factorizer.layers)} layers "
                 f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out "
                 "with exclude="
             )
@@ -155,6 +157,11 @@ class TRP:
         _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
         return self
 
+    @property
+    def attached(self) -> bool:
+        """Whether it is hooked into an optimizer."""
+        return bool(self._handles)
+
     def detach(self) -> None:
         """Take the hooks off. The weights stay as they are; attach() goes on where it stopped."""
         for handle in self._handles:
@@ -166,20 +173,23 @@ class TRP:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._outermost.enter() or overflowed(optimizer):
+        if not self._outermost.enter():
+            return None
+        self._counts = not overflowed(optimizer) and (has_closure(args, kwargs) or not is_rehearsal(optimizer))
+        if not self._counts:
             return None
 
         def add() -> None:
             with self._stopwatch.running():
-                weights = self._planner.weights()
-                terms = {weights[name]: term for name, term in self._subgradients.items()}
+                weights = self._factorizer.weights()
+                terms = {weights[name]: term for name, term in self._iteration.subgradients.items()}
                 add_to_gradients(optimizer, terms, self.nuclear)
 
         with self._stopwatch.running():
-            due = self.nuclear_cadence == "step" or self._projected_at == self.steps
-            if self.nuclear and due and not self._subgradients:  # before the first projection, or of a state without them
-                self._subgradients = subgradients(self._planner, self.plan, self._planner.factor())
-        if not self.nuclear or not self._subgradients:
+            due = self.nuclear_cadence == "step" or self._iteration.projected_at == self.steps
+            if self.nuclear and due and not self._iteration.subgradients:
+                self._iteration.find_subgradients()
+        if not self.nuclear or not self._iteration.subgradients:
             return None
         if has_closure(args, kwargs):
             return after_closure(args, kwargs, add)
@@ -187,11 +197,11 @@ class TRP:
         return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._outermost.leave() or overflowed(optimizer):
+        if not self._outermost.leave() or not self._counts:
             return
         self.steps += 1
         if self.nuclear_cadence == "projection":
-            self._subgradients = {}
+            self._iteration.subgradients = {}
         if self.schedule.projects_after(self.steps):
             with self._stopwatch.running(self._device()):
                 self.project()
@@ -210,54 +220,10 @@ class TRP:
         Warns:
             UserWarning: if a budget of latency cannot be met by those times; ranks are then chosen by the earlier ones.
         """
-        return self._project(self.schedule.rule_after(self.steps))
-
-    def _project(self, rule: RankRule) -> Plan:
-        planner = self._planner
-        frozen = self.schedule.keeps_ranks_after(self.steps) and not self._annealed
-        if planner.latency is not None and planner.latency.table is None:
-            planner.join(planner.team)  # not attached
-        if self.plan is not None and frozen:
-            planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
-            factored = planner.factor(self._starts, None if self.nuclear else planned)
-        else:
-            factored = planner.factor(self._starts)
-            if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
-                self._correct_latency(factored)
-            self.plan = planner.plan(factored, rule)
-            self._annealed = rule is not planner.rule
-        if self.nuclear:
-            self._subgradients = project_with_subgradients(planner, self.plan, factored)
-        else:
-            self._subgradients = {}
-            project_factored(planner, self.plan, factored)
-        self._starts = planner.leading(self.plan, factored)
-        self._projected_at = self.steps
-        self.history.append((self.steps, self.plan.ranks))
-        return self.plan
-
-    def _correct_latency(self, factored: Factored) -> None:
-        latency = self._planner.latency
-        if latency is None:
-            return
-        table = latency.table
-        try:
-            self._planner.correct_latency(factored)
-            self._planner.plan(factored)
-        except RankPruneError as error:  # no reason to give a training up
-            latency.table = table
-            warnings.warn(f"{error}. That is by times measured in training; ranks go by the earlier ones", stacklevel=2)
-
-    def _time(self) -> None:
-        if self.plan is None:
-            return
-        try:
-            self.plan = self._planner.timed(self.plan)
-        except RankPruneError as error:
-            warnings.warn(f"the decomposed network could not be timed: {error}", stacklevel=3)
+        return self._iteration.project(self.steps)
 
     def _device(self) -> torch.device:
-        return next(iter(self._planner.layers.values())).module.get_parameter("weight").device
+        return next(iter(self._factorizer.layers.values())).module.get_parameter("weight").device
 
     @property
     def overhead(self) -> float:
@@ -300,17 +266,13 @@ class TRP:
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
-        if self.plan is None or self._projected_at != self.steps or self._annealed:
-            self.plan = self._project(self._planner.rule)
-        else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
-            project_factored(self._planner, self.plan, self._planner.factor())
-        self._time()
+        plan = self._iteration.finish(self.steps)
         self.detach()
         if into is None:
-            return decompose(self.model, self.plan)
+            return decompose(self.model, plan)
         dense = unwrap(into)
-        dense.load_state_dict({name: self._planner.team.whole(value) for name, value in self.model.state_dict().items()})
-        return decompose(dense, self.plan)
+        dense.load_state_dict({name: self._factorizer.team.whole(value) for name, value in self.model.state_dict().items()})
+        return decompose(dense, plan)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
@@ -319,27 +281,7 @@ class TRP:
 
         It holds what is whole on this process: with several, any of them may save it, and what is left out is computed anew.
         """
-        table = None if self._planner.latency is None else self._planner.latency.table
-        alone = self._planner.team.size == 1
-        return {
-            "steps": self.steps,
-            "layers": self._shapes(),
-            "scheme": self._planner.scheme,
-            "projected_at": self._projected_at,
-            "annealed": self._annealed,
-            "plan": None if self.plan is None else self.plan.to_json(),
-            "history": [(step, dict(ranks)) for step, ranks in self.history],
-            "latency": None if table is None else asdict(table),
-            "subgradients": {
-                name: self._planner.team.whole(term).clone()
-                for name, term in self._subgradients.items()
-                if alone or not is_sharded(term)
-            },
-            "starts": self._starts if alone else {},
-        }
-
-    def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._planner.layers.items()}
+        return {"steps": self.steps, **self._iteration.state_dict()}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -364,23 +306,5 @@ class TRP:
         Raises:
             RankPruneError: if the state is of another model, or holds latencies of another backend, dtype or number of threads.
         """
-        here, there = self._shapes(), state.get("layers", {})
-        if state.get("scheme", self._planner.scheme) != self._planner.scheme:
-            raise RankPruneError(f"this state is of scheme {state['scheme']!r}, not {self._planner.scheme!r}")
-        differing = [name for name in {**here, **there} if list(here.get(name, ())) != list(there.get(name, ()))]
-        if differing:
-            raise RankPruneError(
-                f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
-            )
-        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
-            self._planner.latency.load(state["latency"])
+        self._iteration.load_state_dict(state)
         self.steps = state["steps"]
-        self._projected_at, self._annealed = state["projected_at"], state["annealed"]
-        self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
-        self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
-        weights = self._planner.weights()
-        self._subgradients = {
-            name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
-            for name, term in state["subgradients"].items()
-        }
-        self._starts = {(name, scheme): start.to(weights[name].device) for (name, scheme), start in state["starts"].items()}

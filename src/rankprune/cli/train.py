@@ -9,7 +9,7 @@ from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes import runner
-from rankprune.recipes.networks import IMAGENET
+from rankprune.recipes.networks import IMAGENET, RUN, TIMM, TORCHVISION
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import joined
@@ -73,8 +73,8 @@ def train(
         name=out.name,
         method=method,  # type: ignore[arg-type]
         model=model,
-        dataset="cifar10" if data is None else Path(data.removeprefix(HUB)).name,
-        start=start if start is None or ":" in start else str(Path(start).resolve()),
+        dataset=_dataset(data),
+        start=start if start is None or start.startswith((RUN, TORCHVISION, TIMM)) else str(Path(start).resolve()),
         batch=batch,
         holdout=holdout,
         training=TrainConfig(
@@ -97,10 +97,18 @@ def train(
         ),
         photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
     )
+    runner.check_unused(experiment, out / "result.json")
     folders = experiments.Folders.from_environment(out.parent)
     if data is not None:
         folders = experiments.Folders(Path(data), Path(data), out.parent)
     _run(experiment, folders, out, "result")
+
+
+def _dataset(data: str | None) -> str:
+    """What to call the images: after their folder, or as on the hub."""
+    if data is None:
+        return "cifar10"
+    return data.removeprefix(HUB).rpartition("/")[2] if data.startswith(HUB) else Path(data).resolve().name
 
 
 def bench_run(

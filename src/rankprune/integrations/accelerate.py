@@ -20,6 +20,9 @@ def attach(trp: TRP, accelerator: Accelerator, optimizer: Optimizer) -> TRP:
     state with its times is there: ``accelerator.register_for_checkpointing(trp)``, ``accelerator.load_state(folder)``, and
     then attach. ``accelerator.log(trp.metrics(), step)`` logs ranks, MACs and overhead to every tracker.
 
+    Under mixed precision Accelerate puts autocast around the model's forward, and what ``trp.finalize()`` returns has it, too:
+    take it off by ``accelerator.unwrap_model(small, keep_fp32_wrapper=False)``.
+
     Args:
         trp: attached nowhere yet.
         accelerator: whose save_state and load_state take the state along.

@@ -5,7 +5,8 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import nn
@@ -76,11 +77,19 @@ def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:
         arguments = {"config": json.loads(model.config.to_json_string())}
     elif hasattr(kind, "_hub_mixin_init_parameters"):
         arguments = model._hub_mixin_config or {}
-        if not isinstance(arguments, dict) or not arguments.keys() <= kind._hub_mixin_init_parameters.keys():
-            return None, None  # it went through a config object
+        parameters = _named(kind._hub_mixin_init_parameters)
+        encoded = kind._hub_mixin_coders or any(is_dataclass(p.annotation) for p in parameters.values())
+        if not isinstance(arguments, dict) or arguments.keys() != parameters.keys() or encoded:
+            return None, None  # JSON does not hold them as they were
     else:
         return None, None
     return _importable_name(kind), arguments
+
+
+def _named(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    """A constructor's arguments but `self`, as far as each is one."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: parameter for name, parameter in list(parameters.items())[1:] if parameter.kind not in several}
 
 
 def name_of(builder: Builder | str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from rankprune.checkpoint import load, load_plan, save
+from rankprune.checkpoint import FILES, load, load_plan, save
 from rankprune.errors import CheckpointError, MissingExtraError, RankPruneError
 from rankprune.integrations.builder import Builder, build, check_arguments, name_of, own_builder
 from rankprune.integrations.model_card import Results, card_text
@@ -21,7 +21,6 @@ except ImportError as error:
     raise MissingExtraError("huggingface_hub", "hub") from error
 
 _CONFIG, _CARD = "config.json", "README.md"
-_FILES = ("*.json", "*.safetensors", _CARD)
 
 
 class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-rank", "pytorch"]):
@@ -40,7 +39,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         plan: that very plan.
         builder: what builds the dense model: a function or class that others can import, or its name as
             ``package.module:callable``. It goes into config.json and onto the card. By default it is the model's own class,
-            with the arguments it was built from, for models of transformers and classes with PyTorchModelHubMixin.
+            with the arguments it was built from, for models of transformers and classes with PyTorchModelHubMixin. (That mixin
+            keeps the default in the place of a value that JSON cannot hold: give builder and arguments then.)
         arguments: keyword arguments of the builder that JSON can hold.
         results: measured figures for the card's table, like ``{"top-1 %": (88.5, 87.7), "ms, batch 64": (41.9, 40.1)}``: of
             the dense model, or None, and of this one.
@@ -66,13 +66,7 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         if builder is None and arguments is None:
             builder, arguments = own_builder(self.model)
         self.builder = builder if builder is None else name_of(builder)
-        try:
-            self.arguments: dict[str, Any] = json.loads(json.dumps(dict(arguments or {})))
-        except (TypeError, ValueError) as error:
-            raise RankPruneError(
-                f"arguments={arguments!r} cannot be written to {_CONFIG} ({error}); give a builder that takes numbers, strings "
-                "or lists and dicts of them"
-            ) from error
+        self.arguments = _in_json(dict(arguments or {}))
         if callable(builder):
             check_arguments(builder, self.arguments)
         self.results = _pairs(results or {})
@@ -214,7 +208,7 @@ def _snapshot(name: str, **options: Any) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES), **options))
+        return Path(snapshot_download(name, allow_patterns=[*FILES, _CONFIG, _CARD], **options))
     except Exception as error:  # of the hub, and of the several libraries that it downloads with
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -247,6 +241,27 @@ def _read_card(folder: Path) -> ModelCardData | None:
     except Exception as error:  # of whatever reads YAML
         raise CheckpointError(f"the metadata at the top of {str(path)!r} are damaged ({error}); correct them") from error
     return data if isinstance(data, ModelCardData) else None
+
+
+def _in_json(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of them in config.json."""
+    try:
+        there = json.loads(json.dumps(arguments))
+        if not _same(arguments, there):
+            raise ValueError("keys come back as strings")
+    except (TypeError, ValueError) as error:
+        raise RankPruneError(
+            f"arguments={arguments!r} cannot be written to {_CONFIG} ({error}); give a builder that takes numbers, strings "
+            "or lists and dicts of them by name"
+        ) from error
+    return there
+
+
+def _same(value: Any, there: Any) -> bool:
+    """Whether a value came back from JSON with its keys; tuples become lists."""
+    if isinstance(value, Mapping):
+        return value.keys() == there.keys() and all(_same(value[key], there[key]) for key in value)
+    return not isinstance(value, list | tuple) or all(map(_same, value, there))
 
 
 def _pairs(results: Any) -> dict[str, tuple[float | None, float]]:

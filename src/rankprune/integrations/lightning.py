@@ -1,5 +1,6 @@
 """TRP as a callback of Lightning's Trainer."""
 
+import warnings
 from typing import Any
 
 from rankprune.errors import MissingExtraError, RankPruneError
@@ -41,8 +42,10 @@ class TRPCallback(OwnsTRP, Callback):
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget a state that no fit has used, as after testing a checkpoint."""
+        """Forget a state that no fit has used, as after testing a checkpoint, and before a fit the TRP of another module."""
         self._restored = None
+        if stage == "fit" and self.trp is not None and all(part is not self.trp.model for part in pl_module.modules()):
+            self.trp = None  # tuners save and restore all states before on_fit_start
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the TRP, or take that of an earlier fit of this module, in the state of the checkpoint, and attach it."""
@@ -65,8 +68,12 @@ class TRPCallback(OwnsTRP, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach under those strategies that load their checkpoints only after on_fit_start."""
-        if self.trp is not None and trainer.strategy.restore_checkpoint_after_setup:
+        if self.trp is None:
+            return
+        if trainer.strategy.restore_checkpoint_after_setup:
             self._go_on(self.trp, trainer)
+        if trainer.global_step and not self.trp.steps:
+            warnings.warn(f"TRP starts anew at step {trainer.global_step}: there is no state of it to go on from", stacklevel=2)
 
     def _go_on(self, trp: TRP, trainer: Trainer) -> None:
         if self._restored is not None:
@@ -102,5 +109,8 @@ class TRPCallback(OwnsTRP, Callback):
         return {} if self.trp is None else self.trp.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state from a checkpoint, for the fit that is about to start."""
-        self._restored = state_dict
+        """Take the state from a checkpoint, for the fit that is about to start or for this one, which a tuner rolls back."""
+        if self.trp is not None and self.trp.attached:
+            self.trp.load_state_dict(state_dict)
+        else:
+            self._restored = state_dict

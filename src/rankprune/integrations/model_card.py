@@ -89,7 +89,7 @@ def _skipped(plan: Plan) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{round(value, 4):,}"
+    return f"{round(value, 4):,}" if abs(value) >= 0.1 or not value else f"{value:.4g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,11 +1,14 @@
 """TRP as a callback of the Hugging Face Trainer."""
 
 import warnings
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from rankprune.distributed import is_sharded
 from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
 
@@ -22,7 +25,8 @@ class TRPCallback(OwnsTRP, TrainerCallback):
 
     ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5, example_inputs=x).attach(trainer)``, and after
     ``trainer.train()`` ``callback.finalize()`` returns a decomposed copy of the model. ``callback.trp.metrics()`` goes along
-    with every loss that the Trainer logs. TRP's state is in the optimizer's file of a checkpoint, wherever that is moved to.
+    with every loss that the Trainer logs. TRP's state is in the optimizer's file of a checkpoint, wherever that is moved to,
+    and without its tensors, which can be computed anew, in trainer_state.json, for sharded weights only there.
 
     Among the Trainer's `callbacks` it trains alike, but the Trainer reports to TensorBoard and the like before it calls those,
     so that they do not see TRP's metrics; a warning says so.
@@ -41,6 +45,8 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._saving: Any = None
+        self._progress = TrainerState()
+        self._exchanged = False
 
     def attach(self, trainer: Trainer) -> "TRPCallback":
         """Become the first of the trainer's callbacks, before those that report; returns self.
@@ -76,12 +82,20 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         trp = self.start(model, state.max_steps, self.example_inputs)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's has no hooks of its own
             optimizer = inner
-        restored = optimizer.param_groups[0].pop(self._key, None)
+        kept: Any = state.stateful_callbacks  # the dict that is written, whatever its type says
+        known = optimizer.param_groups[0].pop(self._key, None), kept.get(self._key)
+        if isinstance(known[1], _Now):
+            raise RankPruneError(
+                f"two callbacks are named {self.name!r}, and one checkpoint cannot hold both: give each a name="
+            )
+        restored = next((each for each in known if each and each["global_step"] == state.global_step), None)
         if restored is not None:
             trp.load_state_dict(restored)
         elif state.global_step:
-            warnings.warn("this checkpoint has no state of TRP in it: TRP starts anew", stacklevel=2)
+            warnings.warn("this checkpoint has no state of TRP in it, or that of another step: TRP starts anew", stacklevel=2)
         trp.attach(optimizer)
+        self._progress, self._exchanged = state, False
+        kept[self._key] = _Now(self._state_in_json)
         self._saving = optimizer.register_state_dict_post_hook(self._add_state)
 
     @property
@@ -90,13 +104,15 @@ class TRPCallback(OwnsTRP, TrainerCallback):
 
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         # A callback is not told which folder is resumed from, but optimizers keep whatever a saved group of theirs holds.
-        group = state_dict["param_groups"][0]
-        if self._key in group:
-            raise RankPruneError(
-                f"two callbacks are named {self.name!r}, and one checkpoint cannot hold both: give each a name="
-            )
-        if self.trp is not None:
-            group[self._key] = self.trp.state_dict()
+        # Those of sharded weights are taken apart, and put together differently.
+        if self.trp is not None and not any(map(is_sharded, self.trp.model.parameters())):
+            state_dict["param_groups"][0][self._key] = self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {} if self.trp is None else {"global_step": self._progress.global_step, **self.trp.state_dict()}
+
+    def _state_in_json(self) -> dict[str, Any]:
+        return {name: {} if name in ("subgradients", "starts") else value for name, value in self._state().items()}
 
     def on_log(
         self,
@@ -115,6 +131,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Detach, and warn if the weights are now those of a checkpoint from within the ramp."""
         best, trp = getattr(state, "best_global_step", None), self.trp
+        self._exchanged = bool(args.load_best_model_at_end and best and best != state.global_step)
         if args.load_best_model_at_end and trp is not None and best and best < trp.schedule.ramp:
             warnings.warn(
                 f"the best checkpoint, which was loaded, is of step {best}, before the ramp ended at {trp.schedule.ramp}: "
@@ -132,10 +149,42 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """After the training, TRP.finalize: a decomposed copy of the model, which runs in the precision of its weights.
 
+        Where the Trainer has loaded its best checkpoint, ranks are chosen for its weights, unless they were frozen.
+
         Raises:
             RankPruneError: if no training has started yet, and whatever TRP.finalize raises.
         """
+        if self._exchanged and self.trp is not None:
+            self.trp.project()
+            self._exchanged = False
         small = super().finalize(into)
-        if small.__dict__.pop("_original_forward", None) is not None:  # the trainer's mixed precision is around forward
-            del small.forward
+        _take_mixed_precision_off(small)
         return small
+
+
+class _Now:
+    """Stands for TRP's state in that of the Trainer, which is copied whenever it is written."""
+
+    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+        self.read = read
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return self.read()
+
+
+def _take_mixed_precision_off(model: nn.Module) -> None:
+    """Give the model its own forward back, around which Accelerate has put autocast, for each training once."""
+    if model.__dict__.pop("_original_forward", None) is None:
+        return
+    forward = model.__dict__.pop("forward")
+    while _home(forward).startswith(("accelerate.", "torch.amp.")):
+        forward = forward.__wrapped__
+    own = getattr(forward, "__func__", forward)
+    if own is not type(model).forward:  # the user's, on the instance
+        model.forward = MethodType(own, model)
+
+
+def _home(function: Any) -> str:
+    """The module that a function's code is in, whatever it says it wraps."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__

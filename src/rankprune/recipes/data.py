@@ -68,10 +68,12 @@ def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tup
 
 
 def _source(config: PhotographConfig, dataset: str, folder: Path) -> str | Path:
-    """The first of the sources that is there; those of the hub are taken to be."""
+    """The first of the sources that is there; those of the hub are taken to be. Of none, the data set's folder or `folder`."""
     for source in config.sources or (dataset,):
         if source.startswith(HUB):
             return source
         if (folder / source).is_dir():
             return folder / source
+    if config.sources:
+        raise RankPruneError(f"none of {', '.join(config.sources)} is a folder in {str(folder)!r}")
     return folder

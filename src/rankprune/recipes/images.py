@@ -76,8 +76,11 @@ def _read_official(folder: Path, split: str) -> ImageSet:
     for file in files:
         if not file.is_file():
             raise RankPruneError(f"{str(file)!r} is missing; unpack the whole official archive")
-        with file.open("rb") as stream:
-            batch = _ArrayUnpickler(stream, encoding="latin1").load()
+        try:
+            with file.open("rb") as stream:
+                batch = _ArrayUnpickler(stream, encoding="latin1").load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise RankPruneError(f"{str(file)!r} is damaged ({error}); unpack the official archive again") from error
         images.append(torch.from_numpy(batch["data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1))
         labels += batch["labels"]
     return ImageSet(torch.cat(images).contiguous(), torch.tensor(labels), CIFAR10_CLASSES)
@@ -89,7 +92,7 @@ def _decoded(photographs: Photographs, size: int | None, source: str) -> ImageSe
     shapes = {tuple(p.shape) for p in pixels}
     if len(shapes) > 1:
         raise RankPruneError(
-            f"images under {source!r} differ in size ({sorted(shapes)[:3]}, ...): bring them to one size first (or here, with "
-            "size=), or train a network for photographs, like resnet18, which takes crops of any"
+            f"images under {source!r} differ in size ({sorted(shapes)[:3]}, ...): bring them to one size first, or train a "
+            "network for photographs, like resnet18, which takes crops of any"
         )
     return ImageSet(torch.stack(pixels), photographs.labels, photographs.classes)

@@ -43,22 +43,23 @@ def load_weights(model: nn.Module, source: str, models: Path, runs: Path) -> Non
         RankPruneError: if there is no such run, package or set of weights.
         CheckpointError: if the weights do not fit.
     """
-    if source.startswith(TORCHVISION):
+    file = weights_file(source, models, runs)
+    if file is not None:
+        if source.startswith(RUN) and not file.is_file():
+            raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
+        tensors = read_tensors(file)
+    elif source.startswith(TORCHVISION):
         tensors = _torchvision(source.removeprefix(TORCHVISION))
-    elif source.startswith(TIMM):
-        tensors = _timm(source.removeprefix(TIMM))
     else:
-        tensors = read_tensors(_file(source, models, runs))
+        tensors = _timm(source.removeprefix(TIMM))
     load_exactly(model, tensors, source)
 
 
-def _file(source: str, models: Path, runs: Path) -> Path:
-    if not source.startswith(RUN):
-        return models / source
-    file = runs / source.removeprefix(RUN) / WEIGHTS
-    if not file.is_file():
-        raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
-    return file
+def weights_file(source: str, models: Path, runs: Path) -> Path | None:
+    """The file of a source, there or not; None for those that a package downloads."""
+    if source.startswith((TORCHVISION, TIMM)):
+        return None
+    return runs / source.removeprefix(RUN) / WEIGHTS if source.startswith(RUN) else models / source
 
 
 def _torchvision(name: str) -> dict[str, Tensor]:

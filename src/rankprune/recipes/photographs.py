@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,8 +54,10 @@ class _Cells:
     source: str
 
     def __getitem__(self, i: int) -> bytes:
-        cell = self.rows[i].as_py() if self.column is None else self.rows[i][self.column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        cell = (self.rows[i].as_py() if self.column is None else self.rows[i][self.column]) or {}
+        if cell.get("bytes") is None and not cell.get("path"):
+            raise RankPruneError(f"{self.name(i)} is missing: its cell is empty")
+        return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
 
     def name(self, i: int) -> str:
         return f"image {i} of {self.source}"
@@ -78,7 +80,7 @@ class Photographs(Labelled):
         """Decode photograph `i`.
 
         Raises:
-            RankPruneError: if it is no image, or a damaged one.
+            RankPruneError: if it is no image, or a damaged one, or not there.
         """
         number = int(self.index[i])
         return _decode(self.encoded[number], self.encoded.name(number))
@@ -106,14 +108,15 @@ def load_photographs(source: str | Path, split: str) -> Photographs:
             if files := sorted(folder.glob(f"{name}-*.parquet")):
                 return _labelled(*_read_parquet(files), split)
     folders = [root / name for name in names if (root / name).is_dir()]
-    images = next(filter(None, map(_by_class, folders)), None)
-    if images is not None:
-        return _labelled(*_in_classes(images, _by_class(root / "train") or images), split)
+    for folder in folders:
+        if images := _by_class(folder):
+            classes = images if folder.name == "train" else _classes(root / "train") or images
+            return _labelled(*_in_classes(images, classes), split)
     if folders:
         raise RankPruneError(f"no images in {str(folders[0])!r}; expected {folders[0].name}/<class>/*.png or .jpg")
     raise RankPruneError(
-        f"no {split!r} images under {str(root)!r}: expected the folder cifar-10-batches-py, files {names[0]}-*.parquet, "
-        f"or a folder {names[0]}/<class>/"
+        f"no {split!r} images under {str(root)!r}: expected files {names[0]}-*.parquet or a folder {names[0]}/<class>/, or, "
+        "for a network for small images, the folder cifar-10-batches-py"
     )
 
 
@@ -125,23 +128,33 @@ def _labelled(encoded: Encoded, labels: list[int], classes: tuple[str, ...], spl
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
     """The images below each folder in `folder`, by its name, where it has any; what begins with a dot is left alone."""
+    return {path.name: found for path in _folders(folder) if (found := sorted(_images(path)))}
 
-    def images(within: Path) -> list[Path]:
-        found = (file for file in sorted(within.rglob("*")) if file.suffix.lower() in _SUFFIXES and file.is_file())
-        return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
-    within = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {path.name: found for path in within if (found := images(path))}
+def _classes(folder: Path) -> list[str]:
+    """The names of the folders in `folder` that have images."""
+    return [path.name for path in _folders(folder) if any(True for _ in _images(path))]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those in `folder` that are not hidden."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """The image files below `folder` that are not hidden, in no order."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    return (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _in_classes(images: dict[str, list[Path]], classes: Iterable[str]) -> tuple[Encoded, list[int], tuple[str, ...]]:
-    classes = tuple(classes)
-    unknown = [name for name in images if name not in classes]
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in images if name not in numbers]
     if unknown:
         where = images[unknown[0]][0]
         raise RankPruneError(f"{str(where)!r} is of the class {unknown[0]!r}, of which train/ has no images")
-    found = [(str(file), classes.index(name)) for name, files in images.items() for file in files]
-    return _Files([path for path, _ in found]), [label for _, label in found], classes
+    found = [(str(file), numbers[name]) for name, files in images.items() for file in files]
+    return _Files([path for path, _ in found]), [label for _, label in found], tuple(numbers)
 
 
 def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...]]:
@@ -150,11 +163,17 @@ def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "recipes") from error
-    table = pyarrow.concat_tables([parquet.read_table(file) for file in files])
+    tables = []
+    for file in files:
+        try:
+            tables.append(parquet.read_table(file))
+        except pyarrow.ArrowException as error:
+            raise RankPruneError(f"{str(file)!r} is no parquet file, or a damaged one ({error})") from error
+        if tables[-1].schema != tables[0].schema:
+            raise RankPruneError(f"{str(file)!r} has other columns than {str(files[0])!r}, or columns of another type")
+    table = pyarrow.concat_tables(tables)
     image, label = _columns(table.column_names, str(files[0]))
-    labels = table[label].to_pylist()
-    if not labels or not all(isinstance(value, int) for value in labels):
-        raise RankPruneError(f"the column {label!r} of {str(files[0])!r} is empty or has labels that are not whole numbers")
+    labels = _whole_numbers(table[label].to_pylist(), label, str(files[0]))
     if not pyarrow.types.is_struct(table[image].type):
         raise RankPruneError(
             f"the column {image!r} of {str(files[0])!r} does not hold cells of bytes and path, as the hub's do"
@@ -162,6 +181,12 @@ def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...
     count = max(labels) + 1
     numbered = CIFAR10_CLASSES if count == 10 and image == "img" else tuple(map(str, range(count)))
     return _Cells(table[image], None, str(files[0].parent)), labels, _class_names(table.schema, label) or numbered
+
+
+def _whole_numbers(labels: list[Any], column: str, source: str) -> list[int]:
+    if not labels or not all(isinstance(value, int) and not isinstance(value, bool) for value in labels):
+        raise RankPruneError(f"the column {column!r} of {source!r} is empty or has labels that are not whole numbers")
+    return labels
 
 
 def _class_names(schema: Any, label: str) -> tuple[str, ...]:
@@ -175,18 +200,19 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
 def _read_hub(name: str, names: Sequence[str]) -> tuple[Encoded, list[int], tuple[str, ...]]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingExtraError("datasets", "imagenet") from error
     try:
         splits = datasets.load_dataset(name)
-    except (OSError, ValueError) as error:  # what it raises for unknown names, without a network, and for data it cannot read
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # what it raises where it cannot load
         raise RankPruneError(f"cannot load the data set {name!r} of the hub ({type(error).__name__}: {error})") from error
     split = next((n for n in names if n in splits), None)
     if split is None:
         raise RankPruneError(f"the data set {name!r} has no split {names[0]!r}, but {', '.join(map(str, splits))}")
     data = splits[split]
     image, label = _columns(data.column_names, name)
-    labels = list(data[label])
+    labels = _whole_numbers(list(data[label]), label, name)
     feature = data.features[label]
     classes = tuple(feature.names) if hasattr(feature, "names") else tuple(str(i) for i in range(max(labels) + 1))
     return _Cells(data.cast_column(image, datasets.Image(decode=False)).select_columns([image]), image, name), labels, classes
@@ -203,7 +229,7 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str]:
 
 def _decode(data: bytes, source: str) -> "Image":
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise MissingExtraError("pillow", "recipes") from error
     try:
@@ -211,7 +237,7 @@ def _decode(data: bytes, source: str) -> "Image":
         if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
             picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever its decoders come upon
         raise RankPruneError(f"{source!r} is no image, a damaged one or far too large; remove or replace it") from error
 
 

@@ -27,7 +27,7 @@ from rankprune.projection import planned_spectra, project
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.networks import RUN, WEIGHTS, build, load_weights
+from rankprune.recipes.networks import RUN, WEIGHTS, build, load_weights, weights_file
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.settings import in_force
@@ -56,7 +56,7 @@ def run(
     """
     e, folder = experiment, folders.runs / experiment.name
     processes = processes or Processes()
-    _check_held_out(e, folders.runs)
+    _check_held_out(e, folders)
     torch.manual_seed(e.training.seed)
     data = load_data(e, folders.data, processes)
 
@@ -87,6 +87,7 @@ def run(
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
         result |= _compare(model, small, plan, data, x, e)
+        torch.manual_seed(e.training.seed)  # a fresh network is again the one that was trained
         before = _rounded_spectra(network(e.start), plan)
         project(model, plan)  # what was only decomposed is not of low rank yet
         result["spectra"] = {"before": before, "after": _rounded_spectra(model, plan)}
@@ -162,11 +163,11 @@ def _plan_once(checkpoint: Path, make: Callable[[], Plan]) -> Plan:
     return team.share(lambda: plan() if team.rank == 0 else {})["plan"]
 
 
-def _check_held_out(e: Experiment, runs: Path) -> None:
-    """Make sure that no run that this one builds on has trained on images that are held out here."""
+def _check_held_out(e: Experiment, folders: Folders) -> None:
+    """Make sure that nothing that this run builds on was trained, by us, on images that are held out here."""
     for source in (e.start, e.teacher, e.reference):
-        if e.holdout and source and source.startswith(RUN):
-            notes = read_notes(runs / source.removeprefix(RUN) / WEIGHTS)
+        if e.holdout and source and (file := weights_file(source, folders.models, folders.runs)):
+            notes = read_notes(file)
             if notes.get("dataset") == e.dataset and int(notes["holdout"]) < e.holdout:
                 raise RankPruneError(
                     f"{source!r} held out {notes['holdout']} training images, this run {e.holdout}: it has seen images that "
@@ -275,13 +276,30 @@ def finished(experiment: Experiment, path: Path, runs: Path) -> bool:
 
     Settings that are off there or here count as left out.
     """
-    if not (runs / experiment.name / WEIGHTS).is_file():
-        return False
+    return (runs / experiment.name / WEIGHTS).is_file() and _settings_in(path) == _settings(experiment)
+
+
+def check_unused(experiment: Experiment, path: Path) -> None:
+    """Make sure that a result would not be written over that of another experiment.
+
+    Raises:
+        RankPruneError: if the file holds such a result.
+    """
+    there, here = _settings_in(path), _settings(experiment)
+    if there is not None and there | {"name": experiment.name} != here:
+        raise RankPruneError(f"{str(path)!r} is the result of another run, which this one would replace: take another folder")
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    return in_force(json.loads(json.dumps(asdict(experiment))))
+
+
+def _settings_in(path: Path) -> dict[str, Any] | None:
+    """Those of the experiment whose result a file holds; None if it holds none."""
     try:
-        there = json.loads(path.read_text())["config"]
+        return in_force(dict(json.loads(path.read_text())["config"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return in_force(there) == in_force(json.loads(json.dumps(asdict(experiment))))
+        return None
 
 
 def write(result: dict[str, Any], path: Path) -> Path:

@@ -11,7 +11,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How to train: by SGD with Nesterov momentum.
 
     `precision` is that of autocast; "auto" takes bfloat16 where the processor multiplies it natively. `distill` is the weight
     of the teacher's softened answers, at `temperature`, against that of the labels (Hinton et al. 2015); 0 needs no teacher.

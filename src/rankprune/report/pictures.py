@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 from rankprune.plan import LayerPlan
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markup import element
+from rankprune.report.results import of_full
 
 T = TypeVar("T")
 
@@ -90,24 +91,18 @@ def heat_map(
             end = start + len(list(run))
             begun, ended = history[start][0], history[end - 1][0]
             when = f"epoch {begun}" if begun == ended else f"epochs {begun} to {ended}"
-            tip = element("title", f"{when}: {_rank(rank, of)}")
+            tip = element("title", f"{when}: {of_full(rank, of)}")
             look = {"class_": "dense"} if rank is None else {"fill_opacity": 0.08 + 0.92 * rank / most}
             width = x(end) - x(start) - 0.8
             cells.append(element("rect", tip, x=x(start), y=y + 1, width=width, height=ROW - 2, **look))
             start = end
         parts += [_layer_name(name, y), element("g", cells, class_="heat k1")]
-        parts.append(element("text", _rank(ranks[-1], of), x=right + 4, y=y + ROW - 4))
+        parts.append(element("text", of_full(ranks[-1], of), x=right + 4, y=y + ROW - 4))
     quarters = dict.fromkeys(round(k * (len(history) - 1) / 4) for k in range(5))
     for i in quarters:
         parts.append(element("text", str(history[i][0]), x=(x(i) + x(i + 1)) / 2, y=bottom + 13, class_="middle"))
     parts.append(element("text", "epoch", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
     return _svg(WIDTH, bottom + 34, said, parts)
-
-
-def _rank(rank: int | None, full: int | None) -> str:
-    if rank is None:
-        return "dense"
-    return f"{rank}/{full}" if full else str(rank)
 
 
 def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
@@ -127,7 +122,7 @@ def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
         narrow = element("rect", x=left, y=y + 4, width=max(x(after) - left, 0.5), height=ROW - 8, class_="mark k1")
         parts.append(element("g", element("title", f"{e.name}: {what}"), wide, *([narrow] if e.becomes_pair else [])))
         parts.append(_layer_name(e.name, y))
-        parts.append(element("text", _rank(e.rank if e.becomes_pair else None, e.full_rank), x=right + 4, y=y + ROW - 4))
+        parts.append(element("text", of_full(e.rank if e.becomes_pair else None, e.full_rank), x=right + 4, y=y + ROW - 4))
     parts.append(element("text", f"MACs of {examples}", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
     return _svg(WIDTH, bottom + 34, said, parts)
 

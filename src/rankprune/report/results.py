@@ -176,6 +176,13 @@ def plan_of(r: Result) -> Plan | None:
         return None
 
 
+def of_full(rank: int | None, full: int | None) -> str:
+    """A layer's rank as it is shown, like 9/16, with its full rank where that is known."""
+    if rank is None:
+        return "dense"
+    return f"{rank}/{full}" if full else str(rank)
+
+
 def full_ranks(r: Result) -> dict[str, int]:
     """The full rank of every layer whose rank the result tells, as far as it tells that too."""
     spectra = r.get("spectra", {}).get("after", {})

@@ -15,6 +15,7 @@ from rankprune.report.results import (
     is_timed,
     mean_of,
     method,
+    of_full,
     plan_of,
     seeds_together,
     task,
@@ -104,7 +105,7 @@ def ranks_together(results: Sequence[Result]) -> list[Table]:
         known = [full_ranks(r) for r in runs]
         names = _merged([list(r["ranks"]) for r in runs])
         rows = [
-            (name, *(_rank(r["ranks"].get(name), full.get(name)) for r, full in zip(runs, known, strict=True)))
+            (name, *(of_full(r["ranks"].get(name), full.get(name)) for r, full in zip(runs, known, strict=True)))
             for name in names
         ]
         if runs:
@@ -123,12 +124,6 @@ def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
                 merged.insert(place, name)
             place = merged.index(name) + 1
     return merged
-
-
-def _rank(rank: int | None, full: int | None) -> str:
-    if rank is None:
-        return "dense"
-    return f"{rank}/{full}" if full else f"{rank}"
 
 
 def figures(r: Result) -> Table:
@@ -179,7 +174,7 @@ def ranks_over_training(r: Result, columns: int = 8) -> Table:
     shown = sorted({round(i * last / max(1, columns - 1)) for i in range(columns)})
     picked = [history[i] for i in shown]
     rows = [
-        (name, *(_rank(ranks.get(name), None) for _, ranks in picked))
+        (name, *(of_full(ranks.get(name), None) for _, ranks in picked))
         for name in _merged([list(ranks) for _, ranks in history])
     ]
     return Table(title, ("layer", *(str(epoch) for epoch, _ in picked)), rows, note="After the epochs on top.")
@@ -219,7 +214,7 @@ def layers(r: Result) -> Table:
     rows = []
     for e in plan.layers:
         scheme, rank, lost = (
-            (e.scheme or "", _rank(e.rank, e.full_rank), f"{e.error:.2%}") if e.becomes_pair else ("dense", "", "")
+            (e.scheme or "", of_full(e.rank, e.full_rank), f"{e.error:.2%}") if e.becomes_pair else ("dense", "", "")
         )
         costs = [f"{v:,}" if v is not None else "" for v in (e.macs_before, e.macs_after, e.params_before, e.params_after)]
         costs += [f"{v:.3f}" if v is not None else "" for v in (e.ms_before, e.ms_after)] if timed else []

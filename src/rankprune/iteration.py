@@ -1,0 +1,152 @@
+"""What TRP does at a projection, and what it remembers from one to the next."""
+
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from rankprune.distributed import is_sharded, sharded_like
+from rankprune.errors import RankPruneError
+from rankprune.factorizer import Factored
+from rankprune.plan import Plan
+from rankprune.planner import Planner
+from rankprune.projection import project_factored, project_with_subgradients, subgradients
+from rankprune.ranks import RankRule
+from rankprune.schedule import Schedule
+from rankprune.survey import Key
+
+
+class LowRankIteration:
+    """TRP's low-rank iteration: projects the weights of a model in training; each projection starts from what the last found.
+
+    Args:
+        planner: chooses the ranks.
+        schedule: says by which rule after how many steps, and from when on ranks are kept.
+        nuclear: whether sub-gradients of the nuclear norm are wanted.
+
+    Attributes:
+        plan: of the last projection; None before the first.
+        history: for every projection the step it followed and the rank of each layer it decomposed.
+        projected_at: the step that the last projection followed.
+        subgradients: one for each layer, in the shape of its weight; none where they are not wanted or not known.
+    """
+
+    def __init__(self, planner: Planner, schedule: Schedule, nuclear: bool) -> None:
+        self.plan: Plan | None = None
+        self.history: list[tuple[int, dict[str, int]]] = []
+        self.projected_at: int | None = None
+        self.subgradients: dict[str, Tensor] = {}
+        self._planner, self._factorizer, self._schedule, self._nuclear = planner, planner.factorizer, schedule, nuclear
+        self._annealed = True
+        self._starts: dict[Key, Tensor] = {}
+
+    def project(self, steps: int) -> Plan:
+        """Choose ranks as is due after so many steps, and project; see TRP.project."""
+        return self._project(steps, self._schedule.rule_after(steps))
+
+    def finish(self, steps: int) -> Plan:
+        """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
+
+        Warns:
+            UserWarning: if the network cannot be timed.
+        """
+        if self.plan is None or self.projected_at != steps or self._annealed:
+            plan = self._project(steps, self._schedule.rule)
+        else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
+            plan = self.plan
+            project_factored(self._factorizer, plan, self._factorizer.factor())
+        try:
+            self.plan = plan = self._planner.timed(plan)
+        except RankPruneError as error:
+            warnings.warn(f"the decomposed network could not be timed: {error}", stacklevel=3)
+        return plan
+
+    def find_subgradients(self) -> None:
+        """Those of the weights as they are, where no projection found them: before the first, or after loading a state."""
+        self.subgradients = subgradients(self._factorizer, self.plan, self._factorizer.factor())
+
+    def _project(self, steps: int, rule: RankRule) -> Plan:
+        planner, factorizer = self._planner, self._factorizer
+        frozen = self._schedule.keeps_ranks_after(steps) and not self._annealed
+        if planner.latency is not None and planner.latency.table is None:
+            planner.join(factorizer.team)  # not attached
+        if self.plan is not None and frozen:
+            planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
+            factored = factorizer.factor(self._starts, None if self._nuclear else planned)
+        else:
+            factored = factorizer.factor(self._starts)
+            if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
+                self._correct_latency(factored)
+            self.plan = planner.plan(factored, rule)
+            self._annealed = rule is not planner.rule
+        if self._nuclear:
+            self.subgradients = project_with_subgradients(factorizer, self.plan, factored)
+        else:
+            self.subgradients = {}
+            project_factored(factorizer, self.plan, factored)
+        self._starts = factorizer.leading(self.plan, factored)
+        self.projected_at = steps
+        self.history.append((steps, self.plan.ranks))
+        return self.plan
+
+    def _correct_latency(self, factored: Factored) -> None:
+        latency = self._planner.latency
+        if latency is None:
+            return
+        table = latency.table
+        try:
+            self._planner.correct_latency(factored)
+            self._planner.plan(factored)
+        except RankPruneError as error:  # no reason to give a training up
+            latency.table = table
+            warnings.warn(f"{error}. That is by times measured in training; ranks go by the earlier ones", stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to go on from, as TRP.state_dict has it."""
+        table = None if self._planner.latency is None else self._planner.latency.table
+        team = self._factorizer.team
+        return {
+            "layers": self._shapes(),
+            "scheme": self._planner.scheme,
+            "projected_at": self.projected_at,
+            "annealed": self._annealed,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "history": [(step, dict(ranks)) for step, ranks in self.history],
+            "latency": None if table is None else asdict(table),
+            "subgradients": {
+                name: team.whole(term).clone()
+                for name, term in self.subgradients.items()
+                if team.size == 1 or not is_sharded(term)
+            },
+            "starts": self._starts if team.size == 1 else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from state_dict().
+
+        Raises:
+            RankPruneError: as TRP.load_state_dict; nothing is changed then.
+        """
+        here, there = self._shapes(), state.get("layers", {})
+        if state.get("scheme", self._planner.scheme) != self._planner.scheme:
+            raise RankPruneError(f"this state is of scheme {state['scheme']!r}, not {self._planner.scheme!r}")
+        differing = [name for name in {**here, **there} if list(here.get(name, ())) != list(there.get(name, ()))]
+        if differing:
+            raise RankPruneError(
+                f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
+            )
+        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
+            self._planner.latency.load(state["latency"])
+        self.projected_at, self._annealed = state["projected_at"], state["annealed"]
+        self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
+        self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
+        weights = self._factorizer.weights()
+        self.subgradients = {
+            name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
+            for name, term in state["subgradients"].items()
+        }
+        self._starts = {(name, scheme): start.to(weights[name].device) for (name, scheme), start in state["starts"].items()}
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._factorizer.layers.items()}
