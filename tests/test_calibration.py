@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankprune as rp
+from rankprune import calibration
 from rankprune.schemes import SCHEMES
 
 
@@ -150,6 +151,26 @@ def test_every_sample_counts_the_same_however_they_are_batched():
     whole = rp.decompose(model, plan, calibration=[x])
     parts = rp.decompose(model, plan, calibration=[x[:40], x[40:64], x[64:], x[:0]])
     torch.testing.assert_close(parts(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+def test_in_parts_it_is_the_same_and_an_iterator_will_do(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 12), nn.Linear(12, 8)), correlated(64, 16)
+    runs = []
+    model.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+
+    def made() -> tuple[rp.Plan, nn.Module]:
+        plan = rp.make_plan(model, rule=rp.FixedRank(3), include=["*"], calibration=iter([x[:40], x[40:]]))
+        return plan, rp.decompose(model, plan, calibration=iter([x[:40], x[40:]]))
+
+    plan, whole = made()
+    assert runs == 2 * [40, 24]
+    monkeypatch.setattr(calibration, "_HELD", 300)  # 256, then 144 and 144
+    runs.clear()
+    parts_plan, parts = made()
+    assert runs == 4 * [40, 24]
+    assert parts_plan == plan
+    assert all(torch.equal(a, b) for a, b in zip(parts.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_layer_that_got_nothing_but_zeros_is_truncated_as_without_calibration():

@@ -1,6 +1,6 @@
 """Activation-aware truncation: input covariances of layers, gathered by running the model on calibration inputs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from rankprune.cost import Inputs, call, check_batches, uncompiled
 from rankprune.errors import RankPruneError
-from rankprune.linalg import bases
+from rankprune.linalg import bases, in_parts
 from rankprune.schemes import Scheme
+
+_HELD = 2**28
+"""How many values the covariances that are gathered together have at most; each takes 24 bytes in the end."""
+
+Layers = Mapping[tuple[str, str], tuple[nn.Module, Scheme[Any]]]
+"""Modules and schemes by (layer name, scheme name)."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,38 @@ Whitenings = dict[tuple[str, str], Whitening]
 """By (layer name, scheme name). Absent are layers of which a scheme sees no patches (transposed ones), or that got none."""
 
 
-@torch.no_grad()
 def whitenings(
-    model: nn.Module, layers: Mapping[tuple[str, str], tuple[nn.Module, Scheme[Any]]], inputs: Iterable[Inputs]
-) -> Whitenings:
+    model: nn.Module, layers: Layers, inputs: Iterable[Inputs]
+) -> Iterator[tuple[list[tuple[str, str]], Whitenings]]:
     """Run the model on all inputs, in eval mode and left as it was, and whiten each layer's input as each scheme sees it.
 
     The spatial scheme takes columns of pixels to be uncorrelated with their neighbours, the decoupled one single pixels; for
     channel and linear the covariance is exact.
 
+    Yields:
+        Some of the layers, and what is known of them: so that large models need not have all covariances in memory at once. The
+        model runs on all inputs for each such part.
+
     Raises:
         RankPruneError: if there are no inputs, they are one tensor or dict instead of several, or a layer's is not finite.
     """
     check_batches(inputs)
+    parts = list(in_parts({key: _values(*layer) for key, layer in layers.items()}, _HELD))
+    if len(parts) > 1 and isinstance(inputs, Iterator):
+        inputs = list(inputs)
+    for part in parts:
+        yield part, _whitenings(model, {key: layers[key] for key in part}, inputs)
+
+
+def _values(module: nn.Module, scheme: Scheme[Any]) -> int:
+    """How many a layer's covariance has."""
+    weight = module.get_parameter("weight")
+    stack, rows, columns = scheme.to_matrices(module, torch.empty_like(weight, device="meta")).shape
+    return (stack if getattr(module, "groups", 1) > 1 else 1) * (rows if scheme.input_on_rows else columns) ** 2
+
+
+@torch.no_grad()
+def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> Whitenings:
     sums: dict[tuple[str, str], Tensor] = {}  # not means: truncation does not depend on the scale
 
     def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

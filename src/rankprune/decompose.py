@@ -46,14 +46,14 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     modules = planned_modules(model, plan.decomposed)
     keys = [(name, entry.scheme or "") for name, entry in plan.decomposed.items()]
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}
-    whites = {} if calibration is None else whitenings(model, layers, calibration)
     pairs = {}
-    for stacks in planned_matrices(modules, plan):
-        stacks = whitened(stacks, whites)
-        for key, basis in linalg.bases_by_layer(stacks).items():
-            left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
-            module, scheme = layers[key]
-            pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
+    for part, whites in [(keys, {})] if calibration is None else whitenings(model, layers, calibration):
+        for stacks in planned_matrices({name: modules[name] for name, _ in part}, plan):
+            stacks = whitened(stacks, whites)
+            for key, basis in linalg.bases_by_layer(stacks).items():
+                left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
+                module, scheme = layers[key]
+                pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
     return with_pairs(model, modules, pairs)
 
 

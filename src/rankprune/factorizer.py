@@ -1,13 +1,14 @@
 """The weights of a model as matrices, factored as often as asked; each layer by one of the processes that train together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rankprune import linalg
-from rankprune.calibration import Whitenings, whitened
+from rankprune.calibration import Whitenings, whitened, whitenings
+from rankprune.cost import Inputs
 from rankprune.distributed import Team, reshard
 from rankprune.layers import Layer
 from rankprune.linalg import Basis
@@ -34,16 +35,18 @@ class Factorizer:
     Args:
         model: holds the layers.
         options: of each layer, one for each scheme; the first is the one that it has where no plan says otherwise.
-        whitenings: layers that have one lose least in their outputs on some inputs, others in their weights (see Whitening).
+        calibration: inputs to run the model on at each factorisation. Given, errors are those of the layers' outputs on them.
 
     Attributes:
         team: the processes that share out the work. All call the same methods in the same order.
         owner: for each layer the rank in the team of the process that factors it.
     """
 
-    def __init__(self, model: nn.Module, options: Mapping[str, Sequence[Option]], whitenings: Whitenings) -> None:
+    def __init__(
+        self, model: nn.Module, options: Mapping[str, Sequence[Option]], calibration: Iterable[Inputs] | None = None
+    ) -> None:
         self.options = options
-        self._model, self._whitenings = model, whitenings
+        self._model, self._calibration = model, calibration
         self.share_out(Team.alone())
 
     def share_out(self, team: Team) -> None:
@@ -89,24 +92,17 @@ class Factorizer:
         starts: Mapping[Key, Tensor] | None = None,
         spectra_only: bool = False,
     ) -> None:
-        wanted = set(keys)
-        weights = self.weights()
-        schemes = {name: [o.scheme for o in options if o.key in wanted] for name, options in self.options.items()}
+        wanted, weights = set(keys), self.weights()
+        options = {name: [o for o in options if o.key in wanted] for name, options in self.options.items()}
         own: dict[str, Tensor] = {}
-        for name in filter(schemes.get, schemes):
+        for name in filter(options.get, options):
             whole = self.team.whole(weights[name])  # all take part, owner or not
             if self.owner[name] == self.team.rank:
                 own[name] = whole
 
         def spectra() -> dict[Key, Spectrum]:
             found = {}
-            for names in linalg.in_parts({name: whole.numel() for name, whole in own.items()}) if spectra_only else [own]:
-                stacks = {
-                    (name, scheme.name): scheme.to_matrices(self.options[name][0].layer.module, own[name])
-                    for name in names
-                    for scheme in schemes[name]
-                }
-                stacks = whitened(stacks, self._whitenings)
+            for stacks in self._stacks(own, [o for name in own for o in options[name]], apart=spectra_only):
                 bases = linalg.bases_by_layer(stacks, starts)
                 found |= {key: basis.spectrum.cpu() for key, basis in bases.items()}
                 if not spectra_only:
@@ -115,6 +111,17 @@ class Factorizer:
             return found
 
         factored.spectra |= self.team.share(spectra)
+
+    def _stacks(self, weights: Mapping[str, Tensor], options: Iterable[Option], apart: bool) -> Iterator[dict[Key, Tensor]]:
+        """The matrices of whole weights, whitened where calibrated; all at once, or `apart`, as many as should be held."""
+        layers = {o.key: (o.layer.module, o.scheme) for o in options}
+        parts: Iterable[tuple[list[Key], Whitenings]] = [(list(layers), {})]
+        if self._calibration is not None:
+            parts = whitenings(self._model, layers, self._calibration)
+        for keys, whites in parts:
+            for held in linalg.in_parts({key: weights[key[0]].numel() for key in keys}) if apart else [keys]:
+                matrices = {(name, s): layers[name, s][1].to_matrices(layers[name, s][0], weights[name]) for name, s in held}
+                yield whitened(matrices, whites)
 
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""

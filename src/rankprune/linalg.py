@@ -93,11 +93,11 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
     return [found[i] for i in range(len(stacks))]
 
 
-def in_parts(sizes: Mapping[K, int]) -> Iterator[list[K]]:
-    """Keys in their order, in lists of about one batch's values: for those who need not hold all bases at once."""
+def in_parts(sizes: Mapping[K, int], most: int | None = None) -> Iterator[list[K]]:
+    """Keys in their order, in lists of at most so many values, by default one batch's, for those who need not hold all."""
     part, fill = [], 0
     for key, size in sizes.items():
-        if part and fill + size > _BATCH:
+        if part and fill + size > (most or _BATCH):
             yield part
             part, fill = [], 0
         part.append(key)

@@ -8,7 +8,6 @@ from torch import nn
 
 from rankprune.backends import backend_named
 from rankprune.budget import Budget
-from rankprune.calibration import whitenings
 from rankprune.cost import Inputs
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
@@ -76,9 +75,7 @@ class Planner:
             self.latency = NetworkLatency(self.model, example_inputs, subjects, rule.backend, rule.threads)
         else:
             self._choose_flat()
-        layers = {key: (o.layer.module, o.scheme) for key, o in self._flat.items()}
-        whites = {} if calibration is None else whitenings(self.model, layers, calibration)
-        self.factorizer = Factorizer(self.model, options, whites)
+        self.factorizer = Factorizer(self.model, options, calibration)
 
     def join(self, team: Team) -> None:
         """From now on share the factorisations with the other processes of a team; all must then call the same methods.
