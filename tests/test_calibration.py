@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import rankprune as rp
 from rankprune import calibration
+from rankprune.planner import Planner
 from rankprune.schemes import SCHEMES
 
 
@@ -109,6 +110,8 @@ def test_one_tensor_or_dict_is_no_list_of_batches():
     for one in (torch.zeros(8, 16), {"input": torch.zeros(8, 16)}):
         with pytest.raises(rp.RankPruneError, match="give a list of batches"):
             rp.decompose(model, plan, calibration=one)
+        with pytest.raises(rp.RankPruneError, match="give a list of batches"):
+            Planner(model, rule=rp.FixedRank(4), scheme="auto", calibration=one)  # before anything is timed
 
 
 class Two(nn.Module):

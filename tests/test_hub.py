@@ -252,16 +252,35 @@ class OfSizes(MixinNet):
         super().__init__(sizes.width)
 
 
+class OfSizesOrNot(MixinNet):
+    def __init__(self, sizes: "Sizes | None" = None) -> None:
+        super().__init__((sizes or Sizes()).width)
+
+
+class OfSettings(MixinNet):
+    def __init__(self, settings: "dict[str, int] | None" = None) -> None:
+        super().__init__((settings or {})["width"])
+
+
 class OfKind(MixinNet):
     def __init__(self, width: int, kind: type[nn.Module]) -> None:
         super().__init__(width)
 
 
-@pytest.mark.parametrize("dense", [OfSizes(Sizes(32)), OfKind(32, nn.ReLU)], ids=["encoded", "left out"])
-def test_arguments_that_json_does_not_hold_as_they_were_are_not_kept(dense: MixinNet) -> None:
+@pytest.mark.parametrize(
+    ("dense", "kept"),
+    [
+        (OfSizes(Sizes(32)), {}),
+        (OfSizesOrNot(Sizes(32)), {}),
+        (OfKind(32, nn.ReLU), {}),
+        (OfSettings({"width": 32}), {"settings": {"width": 32}}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arguments_that_json_does_not_hold_as_they_were_are_not_kept(dense: MixinNet, kept: dict[str, Any]) -> None:
     plan = rp.make_plan(dense, rule=rp.FixedRank(2))
     low = LowRank(rp.decompose(dense, plan), plan)
-    assert (low.builder, low.arguments) == (None, {})
+    assert (low.builder is not None, low.arguments) == (kept != {}, kept)
 
 
 def test_a_class_that_nobody_can_import_keeps_its_arguments() -> None:

@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 import own_clock
 import rankprune as rp
 import toy
-from rankprune.integrations.accelerate import attach
+from rankprune.integrations.accelerate import attach, finalize
 from rankprune.latency.cache import LatencyCache
 
 
@@ -73,8 +75,24 @@ def test_same_weights_as_the_plain_loop(loop: dict, settings: dict, tmp_path: Pa
     toy.same_weights(run.model, expected.model)
     toy.same_weights(run.average, expected.average)
     toy.really_projected(run.trp, 20 // loop.get("accumulate", 1))
-    small = run.accelerator.unwrap_model(run.trp.finalize(), keep_fp32_wrapper=False)
-    toy.finalizes(small, run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
+    toy.finalizes(finalize(run.trp), run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
+
+
+def test_decorators_of_the_users_stay_and_autocast_of_accelerate_does_not(tmp_path: Path) -> None:
+    class Narrow(toy.Net):
+        @torch.autocast("cpu", torch.bfloat16)
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            return super().forward(x, labels)
+
+    for put in (False, True):  # on the class, and on the instance
+        accelerator, net = Accelerator(cpu=True, mixed_precision="bf16"), Narrow()
+        if put:
+            net.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(toy.Net.forward), net)
+        model, optimizer = accelerator.prepare(net, toy.sgd(net))
+        trp = attach(rp.TRP(model, **toy.settings()), accelerator, optimizer)
+        small = finalize(trp)
+        assert small(toy.X).dtype == torch.bfloat16
+        assert ("forward" in vars(small)) == put
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:

@@ -210,19 +210,33 @@ def test_a_best_checkpoint_from_within_the_ramp_is_told_of(tmp_path: Path) -> No
         assert len(told) == (best < trp.trp.schedule.ramp), (best, ramp)
 
 
-def test_of_the_best_checkpoint_ranks_are_chosen_anew_unless_they_were_frozen(tmp_path: Path) -> None:
-    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-    for freeze in (None, 0.3):
-        runner = trainer(
-            tmp_path, toy.Net(), **often, load_best_model_at_end=True, metric_for_best_model="closeness", greater_is_better=True
-        )
-        runner.evaluate = lambda *_, runner=runner, **__: {"eval_closeness": -abs(runner.state.global_step - 8)}
-        trp = callback(rule=rp.Energy(0.9), ramp=0.2, freeze=freeze).attach(runner)
-        runner.train()
-        last, best = trp.trp.plan, rp.make_plan(runner.model, toy.X, rule=rp.Energy(0.9), scheme="spatial")
-        assert last.ranks != best.ranks
-        trp.finalize()
-        assert trp.trp.plan.ranks == (best if freeze is None else last).ranks
+@pytest.mark.parametrize("best", [6, 12])  # within the ramp of 8 or not; the latter right after a projection
+def test_the_best_checkpoint_brings_its_state_along(tmp_path: Path, best: int) -> None:
+    def fit(stop: int, **settings: Any) -> tuple[TRPCallback, Trainer]:
+        runner = trainer(tmp_path / str(stop), toy.Net(), **settings)
+        trp = callback(rule=rp.Energy(0.9), ramp=8).attach(runner)
+        runner.evaluate = lambda *_, **__: {"eval_closeness": -abs(runner.state.global_step - best)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*before the ramp ended")
+            runner.train()
+        return trp, runner
+
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 6, "save_steps": 6}
+    choosing = {"load_best_model_at_end": True, "metric_for_best_model": "closeness", "greater_is_better": True}
+    chosen, _ = fit(20, **often, **choosing)
+    ended, _ = fit(best, max_steps=best)
+    assert (chosen.trp.steps, chosen.trp.history) == (best, ended.trp.history)
+    toy.same_weights(chosen.finalize(), ended.finalize())
+
+
+def test_a_best_checkpoint_that_was_not_saved_changes_nothing(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 8}
+    choosing = {"load_best_model_at_end": True, "metric_for_best_model": "closeness", "greater_is_better": True}
+    runner = trainer(tmp_path, toy.Net(), **settings, **choosing)
+    runner.evaluate = lambda *_, **__: {"eval_closeness": -abs(runner.state.global_step - 4)}
+    trp = callback(rule=rp.Energy(0.9)).attach(runner)
+    runner.train()
+    assert trp.trp.steps == 20
 
 
 @pytest.mark.parametrize("trainings", [1, 2])
@@ -242,7 +256,7 @@ def test_a_forward_of_the_users_stays_under_mixed_precision(tmp_path: Path, trai
     toy.finalizes(trp.finalize(), clean)
 
 
-def test_mixed_precision_of_two_trainings_is_taken_off(tmp_path: Path) -> None:
+def test_mixed_precision_is_taken_off_however_often_it_was_put_on(tmp_path: Path) -> None:
     model, clean = toy.Net(), toy.Net()
     runner = trainer(tmp_path, model, bf16=True)
     trp = callback().attach(runner)

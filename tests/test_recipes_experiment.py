@@ -311,6 +311,10 @@ def test_folders_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path / "sets")
     monkeypatch.setenv("RANKPRUNE_DATA", ".")
     assert Folders.from_environment().models.resolve() == tmp_path.resolve() / "models"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "sets", target_is_directory=True)
+    monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "here" / "link"))
+    assert Folders.from_environment().models == tmp_path / "here" / "models"
 
 
 def test_another_seed_builds_on_the_runs_of_that_seed() -> None:

@@ -243,11 +243,17 @@ def test_a_cell_without_an_image_is_named(tmp_path: Path) -> None:
             train.picture(i)
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PAR1"])
-def test_a_parquet_file_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("damage", ["pointer", "cut", "overwritten"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path: Path, damage: str) -> None:
     pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "train-0.parquet", range(2), [0, 1])
-    (tmp_path / "train-1.parquet").write_bytes(content)
+    whole = (tmp_path / "train-0.parquet").read_bytes()
+    contents = {
+        "pointer": b"version https://git-lfs.github.com/spec/v1",
+        "cut": whole[:-100],
+        "overwritten": b"PAR1" + bytes(len(whole) - 12) + whole[-8:],
+    }
+    (tmp_path / "train-1.parquet").write_bytes(contents[damage])
     with pytest.raises(rp.RankPruneError, match=r"train-1\.parquet' is no parquet file, or a damaged one"):
         load_photographs(tmp_path, "train")
 

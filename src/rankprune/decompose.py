@@ -54,6 +54,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
                 left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
                 module, scheme = layers[key]
                 pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
+        del whites  # before the next are made
     return with_pairs(model, modules, pairs)
 
 

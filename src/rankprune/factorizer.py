@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.calibration import Whitenings, whitened, whitenings
-from rankprune.cost import Inputs
+from rankprune.cost import Inputs, check_batches
 from rankprune.distributed import Team, reshard
 from rankprune.layers import Layer
 from rankprune.linalg import Basis
@@ -47,6 +47,8 @@ class Factorizer:
     ) -> None:
         self.options = options
         self._model, self._calibration = model, calibration
+        if calibration is not None:
+            check_batches(calibration)
         self.share_out(Team.alone())
 
     def share_out(self, team: Team) -> None:
@@ -122,6 +124,7 @@ class Factorizer:
             for held in linalg.in_parts({key: weights[key[0]].numel() for key in keys}) if apart else [keys]:
                 matrices = {(name, s): layers[name, s][1].to_matrices(layers[name, s][0], weights[name]) for name, s in held}
                 yield whitened(matrices, whites)
+            del whites  # before the next are made
 
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""

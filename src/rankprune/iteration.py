@@ -26,6 +26,7 @@ class LowRankIteration:
         nuclear: whether sub-gradients of the nuclear norm are wanted.
 
     Attributes:
+        schedule, nuclear: as given.
         plan: of the last projection; None before the first.
         history: for every projection the step it followed and the rank of each layer it decomposed.
         projected_at: the step that the last projection followed.
@@ -37,13 +38,14 @@ class LowRankIteration:
         self.history: list[tuple[int, dict[str, int]]] = []
         self.projected_at: int | None = None
         self.subgradients: dict[str, Tensor] = {}
-        self._planner, self._factorizer, self._schedule, self._nuclear = planner, planner.factorizer, schedule, nuclear
+        self.schedule, self.nuclear = schedule, nuclear
+        self._planner, self._factorizer = planner, planner.factorizer
         self._annealed = True
         self._starts: dict[Key, Tensor] = {}
 
     def project(self, steps: int) -> Plan:
         """Choose ranks as is due after so many steps, and project; see TRP.project."""
-        return self._project(steps, self._schedule.rule_after(steps))
+        return self._project(steps, self.schedule.rule_after(steps))
 
     def finish(self, steps: int) -> Plan:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
@@ -52,7 +54,7 @@ class LowRankIteration:
             UserWarning: if the network cannot be timed.
         """
         if self.plan is None or self.projected_at != steps or self._annealed:
-            plan = self._project(steps, self._schedule.rule)
+            plan = self._project(steps, self.schedule.rule)
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             plan = self.plan
             project_factored(self._factorizer, plan, self._factorizer.factor())
@@ -68,19 +70,19 @@ class LowRankIteration:
 
     def _project(self, steps: int, rule: RankRule) -> Plan:
         planner, factorizer = self._planner, self._factorizer
-        frozen = self._schedule.keeps_ranks_after(steps) and not self._annealed
+        frozen = self.schedule.keeps_ranks_after(steps) and not self._annealed
         if planner.latency is not None and planner.latency.table is None:
             planner.join(factorizer.team)  # not attached
         if self.plan is not None and frozen:
             planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
-            factored = factorizer.factor(self._starts, None if self._nuclear else planned)
+            factored = factorizer.factor(self._starts, None if self.nuclear else planned)
         else:
             factored = factorizer.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
                 self._correct_latency(factored)
             self.plan = planner.plan(factored, rule)
             self._annealed = rule is not planner.rule
-        if self._nuclear:
+        if self.nuclear:
             self.subgradients = project_with_subgradients(factorizer, self.plan, factored)
         else:
             self.subgradients = {}

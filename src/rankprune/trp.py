@@ -53,7 +53,6 @@ class TRP:
             called; None is all of them. They share out the factorisations and hold equal weights after every projection.
 
     Attributes:
-        schedule: when it projects, and by which rule.
         steps: optimizer steps taken while attached. Those that a GradScaler skipped are not counted, nor are those without
             gradients by which torch.distributed.checkpoint makes an optimizer's state.
 
@@ -92,13 +91,17 @@ class TRP:
             round_to=round_to,
         )
         self._factorizer = self._planner.factorizer
-        self.model, self.schedule = self._planner.model, Schedule(rule, every, ramp, freeze)
-        self.nuclear, self.nuclear_cadence = nuclear, nuclear_cadence
-        self._iteration = LowRankIteration(self._planner, self.schedule, nuclear > 0)
+        self.model, self._nuclear, self._cadence = self._planner.model, nuclear, nuclear_cadence
+        self._iteration = LowRankIteration(self._planner, Schedule(rule, every, ramp, freeze), nuclear > 0)
         self.steps = 0
         self._process_group = process_group
         self._stopwatch, self._outermost, self._counts = Stopwatch(), Outermost(), True
         self._handles: list[Any] = []
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it projects, and by which rule."""
+        return self._iteration.schedule
 
     @property
     def plan(self) -> Plan | None:
@@ -183,13 +186,13 @@ class TRP:
             with self._stopwatch.running():
                 weights = self._factorizer.weights()
                 terms = {weights[name]: term for name, term in self._iteration.subgradients.items()}
-                add_to_gradients(optimizer, terms, self.nuclear)
+                add_to_gradients(optimizer, terms, self._nuclear)
 
         with self._stopwatch.running():
-            due = self.nuclear_cadence == "step" or self._iteration.projected_at == self.steps
-            if self.nuclear and due and not self._iteration.subgradients:
+            due = self._cadence == "step" or self._iteration.projected_at == self.steps
+            if self._nuclear and due and not self._iteration.subgradients:
                 self._iteration.find_subgradients()
-        if not self.nuclear or not self._iteration.subgradients:
+        if not self._nuclear or not self._iteration.subgradients:
             return None
         if has_closure(args, kwargs):
             return after_closure(args, kwargs, add)
@@ -200,7 +203,7 @@ class TRP:
         if not self._outermost.leave() or not self._counts:
             return
         self.steps += 1
-        if self.nuclear_cadence == "projection":
+        if self._cadence == "projection":
             self._iteration.subgradients = {}
         if self.schedule.projects_after(self.steps):
             with self._stopwatch.running(self._device()):
@@ -294,8 +297,8 @@ class TRP:
             "every": schedule.every,
             "ramp": schedule.ramp,
             "freeze": schedule.freeze,
-            "nuclear": self.nuclear,
-            "nuclear_cadence": self.nuclear_cadence,
+            "nuclear": self._nuclear,
+            "nuclear_cadence": self._cadence,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

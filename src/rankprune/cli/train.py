@@ -1,5 +1,6 @@
 """rankprune train, and rankprune bench run: the recipes."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,7 @@ def _dataset(data: str | None) -> str:
     """What to call the images: after their folder, or as on the hub."""
     if data is None:
         return "cifar10"
-    return data.removeprefix(HUB).rpartition("/")[2] if data.startswith(HUB) else Path(data).resolve().name
+    return os.path.basename(data.removeprefix(HUB) if data.startswith(HUB) else os.path.abspath(data))
 
 
 def bench_run(

@@ -6,8 +6,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -77,19 +76,35 @@ def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:
         arguments = {"config": json.loads(model.config.to_json_string())}
     elif hasattr(kind, "_hub_mixin_init_parameters"):
         arguments = model._hub_mixin_config or {}
-        parameters = _named(kind._hub_mixin_init_parameters)
-        encoded = kind._hub_mixin_coders or any(is_dataclass(p.annotation) for p in parameters.values())
-        if not isinstance(arguments, dict) or arguments.keys() != parameters.keys() or encoded:
-            return None, None  # JSON does not hold them as they were
+        parameters = _names(kind._hub_mixin_init_parameters)
+        if not isinstance(arguments, dict) or arguments.keys() != parameters or kind._hub_mixin_coders:
+            return None, None  # JSON does not hold all as they were
+        hints = _hints(kind)
+        if any(isinstance(value, dict) and not _takes_mapping(hints.get(name)) for name, value in arguments.items()):
+            return None, None  # it may have been a dataclass
     else:
         return None, None
     return _importable_name(kind), arguments
 
 
-def _named(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
-    """A constructor's arguments but `self`, as far as each is one."""
+def _names(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Of a constructor's arguments but `self`, as far as each is one."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: parameter for name, parameter in list(parameters.items())[1:] if parameter.kind not in several}
+    return {name for name, parameter in list(parameters.items())[1:] if parameter.kind not in several}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a constructor's arguments, as far as it says them."""
+    try:
+        return get_type_hints(kind.__init__)
+    except Exception:  # names that are not there when it runs
+        return {}
+
+
+def _takes_mapping(hint: Any) -> bool:
+    """Whether a type is a dict or Mapping, or may be one."""
+    kinds = [get_origin(each) or each for each in (hint, *get_args(hint))]
+    return any(isinstance(each, type) and issubclass(each, Mapping) for each in kinds)
 
 
 def name_of(builder: Builder | str) -> str:

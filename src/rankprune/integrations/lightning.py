@@ -40,6 +40,7 @@ class TRPCallback(OwnsTRP, Callback):
         super().__init__(**settings)
         self.submodule, self.optimizer = submodule, optimizer
         self._restored: dict[str, Any] | None = None
+        self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a state that no fit has used, as after testing a checkpoint, and before a fit the TRP of another module."""
@@ -72,10 +73,11 @@ class TRPCallback(OwnsTRP, Callback):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             self._go_on(self.trp, trainer)
-        if trainer.global_step and not self.trp.steps:
+        if trainer.global_step and not self.trp.steps and not self._resumed:
             warnings.warn(f"TRP starts anew at step {trainer.global_step}: there is no state of it to go on from", stacklevel=2)
 
     def _go_on(self, trp: TRP, trainer: Trainer) -> None:
+        self._resumed = self._restored is not None
         if self._restored is not None:
             trp.load_state_dict(self._restored)  # before attach, which would time the network
             self._restored = None

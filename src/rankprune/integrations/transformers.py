@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from types import MethodType
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import MissingExtraError, RankPruneError
+from rankprune.integrations.accelerate import take_autocast_off
 from rankprune.integrations.callback import OwnsTRP
+from rankprune.trp import TRP
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,7 +28,8 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5, example_inputs=x).attach(trainer)``, and after
     ``trainer.train()`` ``callback.finalize()`` returns a decomposed copy of the model. ``callback.trp.metrics()`` goes along
     with every loss that the Trainer logs. TRP's state is in the optimizer's file of a checkpoint, wherever that is moved to,
-    and without its tensors, which can be computed anew, in trainer_state.json, for sharded weights only there.
+    and without its tensors, which can be computed anew, in trainer_state.json, for sharded weights only there. (With
+    restore_callback_states_from_checkpoint the Trainer says that it ignores it, for it is no other callback's.)
 
     Among the Trainer's `callbacks` it trains alike, but the Trainer reports to TensorBoard and the like before it calls those,
     so that they do not see TRP's metrics; a warning says so.
@@ -46,7 +49,6 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         super().__init__(**settings)
         self._saving: Any = None
         self._progress = TrainerState()
-        self._exchanged = False
 
     def attach(self, trainer: Trainer) -> "TRPCallback":
         """Become the first of the trainer's callbacks, before those that report; returns self.
@@ -88,13 +90,13 @@ class TRPCallback(OwnsTRP, TrainerCallback):
             raise RankPruneError(
                 f"two callbacks are named {self.name!r}, and one checkpoint cannot hold both: give each a name="
             )
-        restored = next((each for each in known if each and each["global_step"] == state.global_step), None)
+        restored = next((each for each in known if each and each.get("global_step") == state.global_step), None)
         if restored is not None:
             trp.load_state_dict(restored)
         elif state.global_step:
             warnings.warn("this checkpoint has no state of TRP in it, or that of another step: TRP starts anew", stacklevel=2)
         trp.attach(optimizer)
-        self._progress, self._exchanged = state, False
+        self._progress = state
         kept[self._key] = _Now(self._state_in_json)
         self._saving = optimizer.register_state_dict_post_hook(self._add_state)
 
@@ -129,16 +131,23 @@ class TRPCallback(OwnsTRP, TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Detach, and warn if the weights are now those of a checkpoint from within the ramp."""
-        best, trp = getattr(state, "best_global_step", None), self.trp
-        self._exchanged = bool(args.load_best_model_at_end and best and best != state.global_step)
-        if args.load_best_model_at_end and trp is not None and best and best < trp.schedule.ramp:
-            warnings.warn(
-                f"the best checkpoint, which was loaded, is of step {best}, before the ramp ended at {trp.schedule.ramp}: "
-                "finalize() will truncate more than this network was trained for; choose among checkpoints from after the ramp",
-                stacklevel=2,
-            )
+        """Detach; where the Trainer has loaded its best checkpoint, in the state of that, with a warning if within the ramp."""
+        if self.trp is not None and args.load_best_model_at_end and state.best_model_checkpoint:
+            self._go_back(self.trp, Path(state.best_model_checkpoint) / "trainer_state.json")
         self.stop()
+
+    def _go_back(self, trp: TRP, file: Path) -> None:
+        callbacks: Any = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
+        best = callbacks.get(self._key)
+        if not best:
+            return
+        trp.load_state_dict(best)
+        if trp.steps < trp.schedule.ramp:
+            warnings.warn(
+                f"the best checkpoint, which was loaded, is of step {trp.steps}, before the ramp ended at {trp.schedule.ramp}: "
+                "finalize() will truncate more than this network was trained for; choose among checkpoints from after the ramp",
+                stacklevel=3,
+            )
 
     def stop(self) -> None:
         """Detach, and save no more states."""
@@ -149,16 +158,11 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """After the training, TRP.finalize: a decomposed copy of the model, which runs in the precision of its weights.
 
-        Where the Trainer has loaded its best checkpoint, ranks are chosen for its weights, unless they were frozen.
-
         Raises:
             RankPruneError: if no training has started yet, and whatever TRP.finalize raises.
         """
-        if self._exchanged and self.trp is not None:
-            self.trp.project()
-            self._exchanged = False
         small = super().finalize(into)
-        _take_mixed_precision_off(small)
+        take_autocast_off(small)
         return small
 
 
@@ -170,21 +174,3 @@ class _Now:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return self.read()
-
-
-def _take_mixed_precision_off(model: nn.Module) -> None:
-    """Give the model its own forward back, around which Accelerate has put autocast, for each training once."""
-    if model.__dict__.pop("_original_forward", None) is None:
-        return
-    forward = model.__dict__.pop("forward")
-    while _home(forward).startswith(("accelerate.", "torch.amp.")):
-        forward = forward.__wrapped__
-    own = getattr(forward, "__func__", forward)
-    if own is not type(model).forward:  # the user's, on the instance
-        model.forward = MethodType(own, model)
-
-
-def _home(function: Any) -> str:
-    """The module that a function's code is in, whatever it says it wraps."""
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__

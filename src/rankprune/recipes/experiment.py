@@ -158,4 +158,4 @@ class Folders:
         """`RANKPRUNE_DATA` (default ``data``); pretrained models in its ``models`` folder or beside it."""
         data = Path(os.environ.get("RANKPRUNE_DATA", "data"))
         models = data / "models"
-        return cls(data, models if models.is_dir() else data.resolve().parent / "models", Path(runs), results)
+        return cls(data, models if models.is_dir() else Path(os.path.abspath(data)).parent / "models", Path(runs), results)

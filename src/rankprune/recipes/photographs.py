@@ -167,7 +167,7 @@ def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...
     for file in files:
         try:
             tables.append(parquet.read_table(file))
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise RankPruneError(f"{str(file)!r} is no parquet file, or a damaged one ({error})") from error
         if tables[-1].schema != tables[0].schema:
             raise RankPruneError(f"{str(file)!r} has other columns than {str(files[0])!r}, or columns of another type")

@@ -168,7 +168,7 @@ def _check_held_out(e: Experiment, folders: Folders) -> None:
     for source in (e.start, e.teacher, e.reference):
         if e.holdout and source and (file := weights_file(source, folders.models, folders.runs)):
             notes = read_notes(file)
-            if notes.get("dataset") == e.dataset and int(notes["holdout"]) < e.holdout:
+            if notes.get("dataset") == e.dataset and int(notes.get("holdout", e.holdout)) < e.holdout:
                 raise RankPruneError(
                     f"{source!r} held out {notes['holdout']} training images, this run {e.holdout}: it has seen images that "
                     "are tested on here; run that experiment with the same holdout first"
@@ -286,7 +286,7 @@ def check_unused(experiment: Experiment, path: Path) -> None:
         RankPruneError: if the file holds such a result.
     """
     there, here = _settings_in(path), _settings(experiment)
-    if there is not None and there | {"name": experiment.name} != here:
+    if there is not None and in_force(there | {"name": experiment.name}) != here:
         raise RankPruneError(f"{str(path)!r} is the result of another run, which this one would replace: take another folder")
 
 
