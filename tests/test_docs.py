@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import own_clock
@@ -60,8 +61,10 @@ def alike(shown: str, printed: str) -> bool:
 
 
 @pytest.fixture
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime takes times by our clock, as long as there are parameters; a busy machine would change what pages show."""
+def steady(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What would change what pages show: threads, in the order of sums; times, for which ONNX Runtime goes by parameters."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     load_each = OnnxRuntime.load_each
 
     def timed(self: OnnxRuntime, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
@@ -70,6 +73,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(OnnxRuntime, "load_each", timed)
     own_clock.use(monkeypatch)
+    yield
+    torch.set_num_threads(threads)
 
 
 def missing(source: str) -> list[str]:
