@@ -288,18 +288,17 @@ def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     kept: dict[str, Tensor] = {}
     first: dict[tuple, str] = {}
     aliases: dict[str, str] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and key in first:
             aliases[name] = first[key]
-        else:
-            first[key] = name
-            kept[name] = tensor.detach().contiguous()
-    storages: set[int] = set()
-    for name, tensor in kept.items():  # none may share its memory with another, nor be a part of some
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
-            kept[name] = tensor.clone()
-        elif tensor.numel():
-            storages.add(storage.data_ptr())
+            continue
+        first[key] = name
+        whole = tensor.detach().contiguous()
+        storage = whole.untyped_storage()
+        if storage.nbytes() != whole.nbytes or storage.data_ptr() in storages:  # a part of some memory, or another's
+            whole = whole.clone()
+        storages.add(storage.data_ptr())
+        kept[name] = whole
     return kept, aliases
