@@ -32,7 +32,8 @@ OURS := $(foreach row,spatial-2.17x spatial-2.84x channel-2.17x spatial-4x,resne
 SEEDED := $(foreach net,resnet20 resnet32 resnet56,$(net)-dense $(net)-trp-spatial-nu $(net)-trp-channel-nu) \
 	resnet20-trp-decoupled-nu $(foreach row,$(OURS),$(row) $(row)-distilled)
 ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/resnet*.toml)))
-ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense,$(ROWS))
+CONTINUED := %-continued-distilled
+ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense $(CONTINUED),$(ROWS)) $(filter $(CONTINUED),$(ROWS))
 
 bench-cifar: .venv/ready
 	for row in $(ORDERED); do $(RUN)/$$row.toml || exit 1; done
