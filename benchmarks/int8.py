@@ -55,7 +55,7 @@ def rows(dense: nn.Module, small: nn.Module, calibration: list[Tensor]) -> Itera
             files[f"{name}, int8"] = Path(folder) / f"{name}-int8.onnx"
             rp.export_onnx(network, calibration[0], files[f"{name}, float32"])
             quantize_onnx(files[f"{name}, float32"], files[f"{name}, int8"], calibration)
-        programs = {name: backend.read(file) for name, file in files.items()}
+        programs = {name: backend.read(file, calibration[0]) for name, file in files.items()}
         times = time_together(list(programs.values()), calibration[0], rounds=ROUNDS)
         for (name, program), ms in zip(programs.items(), times, strict=True):
             size = files[name].stat().st_size
