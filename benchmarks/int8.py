@@ -70,7 +70,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write the result."""
-    e, folders = Experiment.read(Path(sys.argv[1])), Folders.from_environment(*sys.argv[2:3])
+    e, folders = Experiment.read(Path(sys.argv[1])), Folders.from_environment(*map(Path, sys.argv[2:3]))
     test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH))[:-1]  # whole batches
     dense, small, calibration = trained(e, folders)
     found = []

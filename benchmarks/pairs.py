@@ -112,16 +112,18 @@ def main() -> None:
             for variants in (orders, ranks["spatial"], ranks["channel"])
             for row in compare(backend, variants, x)
         ]
-        normed = nn.Sequential(pair("spatial", c, n, s, r), nn.BatchNorm2d(n)).eval()
-        folded = nn.Sequential(normed[0][0], fuse_conv_bn_eval(normed[0][1], normed[1]))
-        found += compare("eager", {"with BatchNorm": normed, "BatchNorm folded": folded}, x)
+        (first, second), norm = pair("spatial", c, n, s, r).eval(), nn.BatchNorm2d(n).eval()
+        assert isinstance(second, nn.Conv2d)
+        folded = nn.Sequential(first, fuse_conv_bn_eval(second, norm))
+        found += compare("eager", {"with BatchNorm": nn.Sequential(first, second, norm), "BatchNorm folded": folded}, x)
         plain, last = (pair("spatial", c, n, s, r) for _ in range(2))
-        last.to(memory_format=torch.channels_last)
         dense, dense_last = (nn.Conv2d(c, n, 3, s, 1, bias=False) for _ in range(2))
+        for module in (last, dense_last):
+            nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)
         wide = x.to(memory_format=torch.channels_last)
         pairs = {"contiguous": plain, "channels_last": last}
         found += compare("eager", pairs, {"contiguous": x, "channels_last": wide})
-        denses = {"dense, contiguous": dense, "dense, channels_last": dense_last.to(memory_format=torch.channels_last)}
+        denses = {"dense, contiguous": dense, "dense, channels_last": dense_last}
         found += compare("eager", denses, {"dense, contiguous": x, "dense, channels_last": wide})
         for row in found:
             print(

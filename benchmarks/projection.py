@@ -72,7 +72,7 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
     weights, state = {k: v.clone() for k, v in model.state_dict().items()}, trp.state_dict()
     assert trp.plan is not None
     matrices = [
-        SCHEMES[scheme].to_matrices(layer, layer.weight.detach())
+        SCHEMES[scheme].to_matrices(layer, layer.get_parameter("weight").detach())
         for layer_name, layer in model.named_modules()
         if layer_name in trp._factorizer.layers
     ]

@@ -37,6 +37,10 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     network = ["--model", "users_networks:build", "--artefact", str(tmp_path / "out" / "artefact")]
     shown = invoke("evaluate", *network, *data, "--size", "32", "--workers", "0")
     assert f"top-1 {result['top1']:.2f} % of 4 images" in shown
+    (tmp_path / "two" / "test" / "dark").mkdir(parents=True)
+    Image.new("RGB", (50, 50)).save(tmp_path / "two" / "test" / "dark" / "0.jpg")
+    for split, images in ((), 4), (("--split", "test"), 1):
+        assert f" % of {images} images" in invoke("evaluate", *network, *data, "--size", "32", "--workers", "0", *split)
     with pytest.raises(RankPruneError, match="--resize would do nothing: without --size"):
         invoke("evaluate", *network, *data, "--resize", "40")
 

@@ -89,6 +89,20 @@ def test_shorter_trainings_are_told_and_drawn_apart(tmp_path):
     assert [drawn.count(f"<!-- {name} -->") for name in names] == [1] * 5
 
 
+def test_epochs_are_told_with_those_of_the_runs_that_a_run_goes_on_from():
+    results = [
+        result("dense", 90.0),
+        result("decompose", 80.0, epochs=0, config={"start": "run:dense0"}),
+        result("ours", 89.0, epochs=4, config={"start": "run:dense0"}),
+        result("trp", 88.0, epochs=3, config={"start": "run:ours0"}),
+    ]
+    epochs = overview(results).columns.index("epochs")
+    assert [row[epochs] for row in overview(results).rows] == ["10", "10", "10 + 4", "10 + 4 + 3"]
+    assert [row[epochs] for row in overview(results[3:]).rows] == ["3"]
+    again = result("trp", 88.0, name="a", epochs=5)
+    assert told_apart([*results, again])(results[3]) == "trp spatial, 10 + 4 + 3 epochs"
+
+
 def test_times_of_other_runtimes_and_batches_say_so():
     elsewhere = result("trp", 88.0, ms_backend="onnxruntime", ms_batch=8)
     assert "| 5.0 (batch 8, onnxruntime) | 2.00x |" in markdown_table(overview([elsewhere]))

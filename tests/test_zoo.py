@@ -30,7 +30,7 @@ def test_the_rest_of_the_zoo(name: str, tmp_path: Path) -> None:
 def test_the_table_in_the_docs_has_a_row_for_each() -> None:
     lines = (Path(__file__).parents[1] / "docs" / "models.md").read_text().splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
-    assert [row[1] for row in rows] == list(ZOO), "run benchmarks/zoo.py"
+    assert [row[1] for row in rows] == list(ZOO), "run benchmarks/models.py"
     assert len(ZOO) >= 65
 
 

@@ -24,7 +24,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
 
     Args:
         calibration: inputs to run the model on, like example_inputs. Given, the factors lose least in the layers' outputs on
-            these inputs, instead of in the weights (see Whitening).
+            these inputs, instead of in the weights.
 
     Raises:
         RankPruneError: if the plan does not fit the model, or calibration is empty.

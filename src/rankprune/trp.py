@@ -47,7 +47,8 @@ class TRP:
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
             the end. 0 applies the rule in full from the start. Rules that can: Budget and Energy.
-        freeze: after this many steps the ranks are chosen no more, and projections keep to them; None never freezes.
+        freeze: after this many steps, no fewer than `ramp`, the ranks are chosen no more, and projections keep to them; None
+            never freezes.
         example_inputs, include, exclude, round_to: as in make_plan.
         process_group: the processes that train this model together, where torch.distributed is initialised when attach() is
             called; None is all of them. They share out the factorisations and hold equal weights after every projection.

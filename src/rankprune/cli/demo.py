@@ -15,7 +15,7 @@ from rankprune.report.plots import plot_training
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rankprune-demo"), epochs: int = 15, seed: int = 0
 ) -> None:
-    """Make a small network for handwritten digits smaller, three ways with the same budget."""
+    """Make a small network for handwritten digits smaller, in one shot and by TRP with the same budget."""
     with TrainingBars(epochs) as bars:
         shown = demonstrate(epochs=epochs, seed=seed, on_step=bars.update)
     dense = shown.rows[0]

@@ -22,23 +22,23 @@ def evaluate(
     data: Annotated[str, typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME.")],
     checkpoint: Checkpoint = None,
     artefact: Artefact = None,
-    split: str = "test",
+    split: Annotated[str | None, typer.Option(help="Images of this split: test, or with --size validation.")] = None,
     size: Annotated[int | None, typer.Option(help="Crop photographs to the size x size pixels in their middle.")] = None,
     resize: Annotated[int | None, typer.Option(help="Their shorter side before that; size / 0.875 by default.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode photographs.")] = 8,
     batch: int = 100,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: Annotated[tuple[float, float, float], typer.Option(help="Of the colours, 0 to 1, to normalise by.")] = IMAGENET_MEAN,
+    std: Annotated[tuple[float, float, float], typer.Option(help="Likewise, the standard deviation.")] = IMAGENET_STD,
 ) -> None:
     """Top-1 accuracy of a dense or decomposed classifier on images of one size, or with --size on photographs."""
     if size is None:
         refuse(context, "resize", "workers", because="without --size images are taken whole")
     network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
     if size is None:
-        images = load_images(data, split)
+        images = load_images(data, split or "test")
         batches = eval_batches(images, batch, normalize)
     else:
-        images = load_photographs(data, split)
+        images = load_photographs(data, split or "validation")
         batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
     accuracy = top1(network, batches)
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")

@@ -33,8 +33,10 @@ def train(
     rule: Rule = "Budget(macs=1/2.2)",
     every: Annotated[int, typer.Option(help="Optimizer steps between projections.")] = 20,
     nuclear: Annotated[float, typer.Option(help="Weight of the nuclear-norm term, for trp+nu.")] = 0.0,
-    ramp: Annotated[float, typer.Option(help="Part of the training over which the rule is annealed.")] = 0.5,
-    freeze: Annotated[float, typer.Option(help="Part of the training after which ranks are kept.")] = 0.5,
+    ramp: Annotated[
+        float, typer.Option(help="Part of the training over which the rule is annealed; 0 for rules that are not.")
+    ] = 0.5,
+    freeze: Annotated[float, typer.Option(help="Part of the training after which ranks are kept, no less than --ramp.")] = 0.5,
     epochs: int = 10,
     batch: int = 128,
     lr: float = 0.05,
@@ -119,7 +121,7 @@ def bench_run(
     runs: Annotated[Path, typer.Option(help="Folder for checkpoints and artefacts.")] = Path("runs"),
     again: Annotated[bool, typer.Option("--again", help="Evaluate and time a finished run once more.")] = False,
 ) -> None:
-    """Run one experiment, or the rest of an interrupted one, and write its JSON; one that is there already is left as it is."""
+    """Run one experiment, or the rest of an interrupted one, and write its JSON, unless that and its weights are there."""
     experiment = experiments.Experiment.read(file)
     experiment = experiment if seed is None else experiment.with_seed(seed)
     if not again and runner.finished(experiment, path := results / f"{experiment.name}.json", runs):

@@ -112,10 +112,23 @@ def label(r: Result) -> str:
 
 def told_apart(results: Sequence[Result]) -> Callable[[Result], str]:
     """What to call each of these beside the others: its label, with its epochs where that label was trained for others too."""
-    epochs: dict[str, set[int]] = defaultdict(set)
+    epochs, each = epochs_among(results), defaultdict(set)
     for r in results:
-        epochs[label(r)].add(r.get("epochs", 0))
-    return lambda r: label(r) + (f", {r.get('epochs', 0)} epochs" if len(epochs[label(r)]) > 1 else "")
+        each[label(r)].add(epochs(r))
+    return lambda r: label(r) + (f", {epochs(r) or 0} epochs" if len(each[label(r)]) > 1 else "")
+
+
+def epochs_among(results: Sequence[Result]) -> Callable[[Result], str]:
+    """How long each was trained: its epochs, after those of the runs among these that it goes on from, like 6 + 14."""
+    by_name = {r["name"]: r for r in results}
+
+    def told(r: Result) -> str:
+        trainings = [r]
+        while (before := by_name.get(str(trainings[0]["config"].get("start")).removeprefix("run:"))) not in (None, *trainings):
+            trainings.insert(0, before)
+        return " + ".join(str(t["epochs"]) for t in trainings if t.get("epochs"))
+
+    return told
 
 
 def method(r: Result) -> str:

@@ -10,6 +10,7 @@ from rankprune.plan import Plan
 from rankprune.report.results import (
     Result,
     between_spectra,
+    epochs_among,
     full_ranks,
     in_order,
     is_timed,
@@ -56,7 +57,8 @@ def overview(results: Sequence[Result]) -> Table:
     """
     columns = ("method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer", "ms, batch 64", "faster")
     groups = seeds_together(in_order(results))
-    rows = [_row(group) for group in groups]
+    epochs = epochs_among(results)
+    rows = [_row(group, epochs(group[0])) for group in groups]
     first: tuple[str, ...] = ("network",)
     names = [(group[0]["model"],) for group in groups]
     if len({task(r) for r in results}) > 1:
@@ -67,9 +69,9 @@ def overview(results: Sequence[Result]) -> Table:
     return Table("Results", (*first, *columns), rows, words=len(first) + 2, note=note)
 
 
-def _row(group: list[Result]) -> tuple[str, ...]:
+def _row(group: list[Result], epochs: str) -> tuple[str, ...]:
     r = mean_of(group)
-    cells = [method(r), r["scheme"] or "", str(r.get("epochs") or "")]
+    cells = [method(r), r["scheme"] or "", epochs]
     if r["method"] == "dense":
         costs = (f"{r['macs_dense']:,}", "", f"{r['params_dense']:,}", "", "", "")
         return (*cells, _spread([g["top1_dense"] for g in group]), "", *costs)

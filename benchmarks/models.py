@@ -1,4 +1,4 @@
-"""Decompose every architecture of the zoo in tests/zoo and write docs/models.md: python benchmarks/zoo.py, some minutes."""
+"""Decompose every architecture of the zoo in tests/zoo and write docs/models.md: python benchmarks/models.py, some minutes."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ from zoo.full_rank import full_rank_plan  # noqa: E402
 
 HEAD = """# Models
 
-{count} architectures, decomposed. Written by `python benchmarks/zoo.py` with {versions}.
+{count} architectures, decomposed. Written by `python benchmarks/models.py` with {versions}.
 
 `tests/test_zoo.py` asks of each that it computes the same at full rank, that a low-rank one has the MACs of its plan,
 that plan and network survive saving and loading, that a step of training under TRP ends in an exact decomposition, that
