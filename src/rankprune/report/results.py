@@ -120,11 +120,11 @@ def told_apart(results: Sequence[Result]) -> Callable[[Result], str]:
 
 def epochs_among(results: Sequence[Result]) -> Callable[[Result], str]:
     """How long each was trained: its epochs, after those of the runs among these that it goes on from, like 6 + 14."""
-    by_name = {r["name"]: r for r in results}
+    by_source = {f"run:{r['name']}": r for r in results}
 
     def told(r: Result) -> str:
         trainings = [r]
-        while (before := by_name.get(str(trainings[0]["config"].get("start")).removeprefix("run:"))) not in (None, *trainings):
+        while (before := by_source.get(trainings[0]["config"].get("start"))) not in (None, *trainings):
             trainings.insert(0, before)
         return " + ".join(str(t["epochs"]) for t in trainings if t.get("epochs"))
 
