@@ -240,6 +240,7 @@ DAMAGE = {
     "tucker": lambda a: edit_head(a, lambda h: h["plan"]["layers"][1].update(scheme="tucker")),
     "rank": lambda a: edit_head(a, lambda h: h["plan"]["layers"][1].update(rank="3")),
     "aliases": lambda a: edit_head(a, lambda h: h.update(aliases=["head.weight"])),
+    "geometry": lambda a: edit_head(a, lambda h: h.update(geometry=[3])),
     "conv.0.weight is missing": lambda a: save_file({"x": torch.zeros(1)}, a / "model.safetensors"),
 }
 

@@ -25,7 +25,7 @@ needs_gloo = pytest.mark.skipif(
 def torchrun(*script: object, processes: int = 2, **options: Any) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, *map(str, script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
 
 
 def slow(*values: object) -> object:

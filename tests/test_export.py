@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.backends import BACKENDS, FileBackend
 from rankprune.backends import onnxruntime as onnxruntime_backend
 from rankprune.backends.base import reason_of
 from rankprune.backends.onnxruntime import OnnxRuntime
@@ -159,6 +160,11 @@ def test_the_suffix_says_for_which_runtime(suffix, files, tmp_path):
     model, x = small_network()
     assert rp.export(model, x, tmp_path / f"small{suffix}") < 1e-5
     assert {f.name for f in tmp_path.iterdir()} == files
+    backend = next(b for b in BACKENDS.values() if isinstance(b, FileBackend) and b.suffix == suffix)
+    if backend.opens_batch:
+        more = torch.randn(len(x) + 5, *x.shape[1:])
+        (found,) = backend.read(tmp_path / f"small{suffix}", more)(more)
+        torch.testing.assert_close(found, model.eval()(more), rtol=1e-3, atol=1e-4)
     with pytest.raises(rp.ExportError, match="differs from the model by"):
         rp.export(model, x, tmp_path / f"small{suffix}", tolerance=-1.0)
     assert {f.name for f in tmp_path.iterdir()} == files  # the good one is still there

@@ -162,7 +162,7 @@ def test_layers_of_another_dtype_are_other_layers(monkeypatch: pytest.MonkeyPatc
     assert wide == pytest.approx(2 * narrow, rel=1e-4)
 
 
-@pytest.mark.parametrize("how", ["autocast", "float32 products"])
+@pytest.mark.parametrize("how", ["autocast", "float32 products", "float32 products, as set by now"])
 def test_layers_in_another_precision_are_measured_anew(cache_by_own_clock: Path, how: str) -> None:
     model, x = network()
     measured(model, x, budget(0.7))
@@ -171,6 +171,13 @@ def test_layers_in_another_precision_are_measured_anew(cache_by_own_clock: Path,
     if how == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             measured(model, x, budget(0.7))
+    elif how.endswith("by now"):
+        whole = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        try:
+            measured(model, x, budget(0.7))
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = whole
     else:
         torch.set_float32_matmul_precision("medium")
         try:

@@ -162,10 +162,14 @@ class Restless(nn.Module):
             self.calls = self.calls + 1
         elif self.what == "an empty buffer":
             self.cache = torch.ones(3)
+        elif self.what == "a buffer that goes":
+            del self.cache
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize("what", ["random numbers", "a buffer in place", "a new buffer", "an empty buffer"])
+@pytest.mark.parametrize(
+    "what", ["random numbers", "a buffer in place", "a new buffer", "an empty buffer", "a buffer that goes"]
+)
 def test_what_a_forward_pass_changes_is_put_back(what: str) -> None:
     model, x = Restless(what), torch.randn(2, 16)
     before = state(model)
@@ -305,7 +309,15 @@ def edited(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["layers"][0].update(colour="red"), "colour"),
         (lambda d: d["layers"][0].update(shape=3), "int"),
         (lambda d: d.update(setting={"backend": "eager"}), "threads"),
-        (lambda d: d.update(setting=3), "mapping"),
+        (lambda d: d.update(setting=3), "int"),
+        (lambda d: d["layers"].append(d["layers"][0]), "twice"),
+        (lambda d: d["layers"][0].update(error="x"), "error"),
+        (lambda d: d["layers"][0].update(ms_before="x"), "ms_before"),
+        (lambda d: d["layers"][0].update(shape=[3, "x"]), "shape"),
+        (lambda d: d.update(input_shapes=[["x"]]), "shape"),
+        (lambda d: d.update(params_dense=1.5), "params_dense"),
+        (lambda d: d.update(macs_dense="x"), "macs_dense"),
+        (lambda d: d.update(ms_measured="x"), "ms_measured"),
     ],
 )
 def test_a_foreign_plan_says_what_differs(plan: rp.Plan, edit: Callable, named: str) -> None:

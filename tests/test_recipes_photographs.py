@@ -266,6 +266,21 @@ def test_parquet_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
         load_photographs(tmp_path, "train")
 
 
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["photographs", "small images"])
+def test_each_process_gets_its_part_of_every_batch(tmp_path: Path, config: PhotographConfig | None) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "two" / f"{split}-0.parquet", range(0, 8 * 35, 35), [0, 1] * 4)  # all of one size
+    e = Experiment("quick", model="resnet18" if config else "resnet20", dataset="two", batch=4, photographs=config)
+    alone, first, second = (
+        list(load_data(e, tmp_path, processes).batches.epoch(0))
+        for processes in (Processes(), Processes(0, 2), Processes(1, 2))
+    )
+    assert len(alone) == 2
+    for batch, *parts in zip(alone, first, second, strict=True):
+        for whole, *halves in zip(batch, *parts, strict=True):
+            assert torch.equal(torch.cat(halves), whole)
+
+
 def test_sources_of_which_none_is_there_are_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", range(4), [0, 1, 0, 1])  # of another data set
     named = replace(CONFIG, sources=("imagenette112", "imagenette"))

@@ -53,6 +53,8 @@ def test_the_time_that_training_waited_for_images_is_told():
     log = [{"seconds": 30.0, "input_share": 0.1}, {"seconds": 10.0, "input_share": 0.5}, {"seconds": 5.0, "input_share": None}]
     assert ("waited for input", "20.0% of the time") in config(result("trp", 88.0, log=log)).rows
     assert "waited" not in str(config(result("trp", 88.0, log=log[2:])).rows)
+    at_once = [{"seconds": 0.0, "input_share": 0.0}]
+    assert ("waited for input", "0.0% of the time") in config(result("trp", 88.0, log=at_once)).rows
 
 
 def test_what_a_run_builds_on_sets_experiments_apart_but_for_its_seed():

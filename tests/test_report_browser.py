@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Tab:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._answers], [], [], 60)[0], "chromium says nothing"
             data = os.read(self._answers, 1 << 16)
             assert data, "chromium is gone"
             self._rest += data

@@ -1,10 +1,15 @@
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.iteration import LowRankIteration
+from rankprune.optimizer_step import add_to_gradients
 from rankprune.stopwatch import Stopwatch
 
 
@@ -46,12 +51,38 @@ def test_what_a_trp_adds_and_what_to_log() -> None:
     assert again.overhead == 0, "counted since attach"
 
 
-@pytest.mark.parametrize(("every", "nuclear"), [(2, 0.0), (100, 1e-3)], ids=["projections", "nuclear terms"])
-def test_all_that_a_trp_does_is_overhead(every: int, nuclear: float) -> None:
+@pytest.mark.parametrize("closure", [False, True])
+def test_all_that_a_trp_does_is_overhead(closure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def taking(seconds: float, work: Callable) -> Callable:
+        def done(*args: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return work(*args)
+
+        return done
+
+    monkeypatch.setattr("rankprune.stopwatch.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(LowRankIteration, "project", taking(1, LowRankIteration.project))
+    monkeypatch.setattr(LowRankIteration, "find_subgradients", taking(10, LowRankIteration.find_subgradients))
+    monkeypatch.setattr("rankprune.trp.add_to_gradients", taking(100, add_to_gradients))
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trp = rp.TRP(model, rule=rp.FixedRank(4), every=every, nuclear=nuclear).attach(optimizer)
-    for _ in range(3):
-        model(torch.randn(8, 16)).square().mean().backward()
-        optimizer.step()
-    assert trp.overhead > 0
+    trp = rp.TRP(model, rule=rp.FixedRank(4), every=2, nuclear=1e-3).attach(optimizer)
+
+    def loss() -> torch.Tensor:
+        nonlocal now
+        now += 1000
+        found = model(torch.ones(8, 16)).square().mean()
+        found.backward()
+        return found
+
+    for _ in range(5):
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    ours = 2 * 1 + 10 + 5 * 100  # two projections, the first sub-gradients, five terms
+    assert trp.overhead == ours / (1000 * (5 if closure else 4))  # what comes before the first step is not seen

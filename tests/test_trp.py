@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from by_hand import CONSIDERED, SCHEMES, as_matrices, assert_same, batches, network, reference, sgd, train
+from rankprune import schemes
 from rankprune.planner import Planner
 from rankprune.projection import project_with_subgradients
 
@@ -119,6 +120,25 @@ def test_rank_of_the_weights_is_the_plans_and_stays(scheme: str) -> None:
     assert_same(model, before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_rank_beyond_the_known_vectors_has_the_layer_factored_whole(fixed: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 10))
+    model[0].weight.data = torch.randn(300, 40) @ torch.randn(40, 300) / 300 + 0.01 * torch.randn(300, 300)
+    weight = model[0].weight.detach().clone()
+    planner = Planner(model, scheme="channel", rule=rp.FixedRank(40))
+    factorizer = planner.factorizer
+    before = factorizer.factor()
+    factored = factorizer.factor(factorizer.leading(planner.plan(before), before))
+    assert factored.spectra["0", "linear"].known < 100
+    u, s, vh = torch.linalg.svd(weight.double())
+    plan = planner.plan(factored, rp.FixedRank(100) if fixed else rp.SingularValue(float(s[99:101].mean())))
+    assert plan.ranks == {"0": 100}
+    assert plan.decomposed["0"].error == pytest.approx(float(s[100:].square().sum() / s.square().sum()), rel=1e-3)
+    project_with_subgradients(factorizer, plan, factored)
+    torch.testing.assert_close(model[0].weight.detach().double(), (u[:, :100] * s[:100]) @ vh[:100], rtol=0, atol=1e-5)
+
+
 def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 10))
@@ -135,3 +155,39 @@ def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_aga
     assert torch.equal(model[0].weight, weight)
     u, _, vh = torch.linalg.svd(weight.double())
     torch.testing.assert_close(term.double(), u @ vh, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("groups", "scheme"), [(2, "channel"), (1, "spatial"), (1, "auto")])
+def test_projections_that_start_from_the_last_ones_lose_hardly_more_than_the_best(groups: int, scheme: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(256 * groups, 256 * groups, 3, groups=groups)
+    layer.weight.data = sum_of_products(layer.weight.shape, 30).to(memory_format=torch.channels_last)
+    trp = rp.TRP(nn.Sequential(layer), scheme=scheme, rule=rp.FixedRank(40), include=["0"])
+    trp.project()
+    assert trp.state_dict()["starts"]
+    with torch.no_grad():
+        layer.weight += 0.001 * torch.randn_like(layer.weight)
+    before = layer.weight.detach().clone()
+    entry = trp.project().decomposed["0"]
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    found, wanted = (schemes.SCHEMES[entry.scheme].to_matrices(layer, w).double() for w in (layer.weight.detach(), before))
+    tails = torch.linalg.svdvals(wanted)[:, 40:].square().sum(-1)
+    lost = (found - wanted).square().sum((1, 2))
+    assert (lost <= 1.02 * tails).all()
+    assert set(torch.linalg.matrix_rank(found, rtol=1e-5).tolist()) == {40}
+
+
+def sum_of_products(shape: torch.Size, terms: int) -> Tensor:
+    """A weight of low rank however it is made a matrix, with some noise."""
+    along = (torch.randn(size, terms) for size in shape)
+    return torch.einsum("nr,cr,hr,wr->nchw", *along) / terms + 0.001 * torch.randn(shape)
+
+
+def test_finalize_fills_another_model() -> None:
+    model, other, (x, _) = network(), network(seed=1), next(iter(batches(1)))
+    trp = rp.TRP(model, scheme="spatial", rule=rp.Energy(0.7))
+    small = trp.finalize(into=torch.compile(other, backend="eager"))
+    assert_same(other, model)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(rp.RankPruneError, match="into= is no model like the trained one"):
+        trp.finalize(into=nn.Linear(2, 2))

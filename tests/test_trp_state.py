@@ -381,3 +381,15 @@ def test_two_on_one_optimizer_with_layers_of_their_own() -> None:
     exactly_same(rp.decompose(parts, both), small)
     with pytest.raises(rp.RankPruneError, match="both plans give"):
         a.plan | alone.plan
+
+
+def test_a_state_that_cannot_be_read_changes_nothing() -> None:
+    trp = rp.TRP(network(), rule=rp.Energy(0.7))
+    trp.project()
+    state = trp.state_dict()
+    state["plan"] = state["plan"].replace('"format": 1', '"format": 2')
+    fresh = rp.TRP(network(), rule=rp.Energy(0.7))
+    before = fresh.state_dict()
+    with pytest.raises(rp.CheckpointError, match="format 1"):
+        fresh.load_state_dict(state)
+    assert fresh.state_dict() == before

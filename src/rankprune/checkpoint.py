@@ -153,7 +153,9 @@ def _read_head(folder: Path) -> _Head:
     buffers = {name: dtype for name, dtype in known.items() if isinstance(dtype, torch.dtype)}
     if not isinstance(named, dict) or buffers.keys() != named.keys():
         raise CheckpointError(f"{str(path)!r} is damaged: its buffers are {named!r}; copy or save it again")
-    return _Head(Plan.from_json(json.dumps(head["plan"])), aliases, head.get("geometry", {}), buffers)
+    if not isinstance(geometry := head.get("geometry", {}), dict):
+        raise CheckpointError(f"{str(path)!r} is damaged: its geometry is {geometry!r}; copy or save it again")
+    return _Head(Plan.from_json(json.dumps(head["plan"])), aliases, geometry, buffers)
 
 
 def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -107,7 +107,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 for name in [name for name, _ in module._buffers.items() if name not in before]:
                     delattr(module, name)
                 for name, buffer in before.items():
-                    if module._buffers[name] is not buffer:
+                    if name not in module._buffers or module._buffers[name] is not buffer:
                         module._buffers[name] = buffer
             for buffer, before in values:
                 if buffer.layout != torch.strided or not torch.equal(buffer, before):  # an expanded one cannot be written to

@@ -138,10 +138,10 @@ class LowRankIteration:
             raise RankPruneError(
                 f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
             )
+        plan = None if state["plan"] is None else Plan.from_json(state["plan"])
         if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
             self._planner.latency.load(state["latency"])
-        self.projected_at, self._annealed = state["projected_at"], state["annealed"]
-        self.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
+        self.plan, self.projected_at, self._annealed = plan, state["projected_at"], state["annealed"]
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         weights = self._factorizer.weights()
         self.subgradients = {

@@ -1,10 +1,12 @@
 """The Plan: what happens to each layer. Rules produce it; projection, decomposition, reports and checkpoints consume it."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.latency import Setting
@@ -149,7 +151,9 @@ class Plan:
                 raise KeyError("a layer that is there twice")
             setting = data.pop("setting", None)
             data["uncounted"] = tuple(data["uncounted"])
-            data["input_shapes"] = tuple(map(tuple, data.get("input_shapes", ())))
+            data["input_shapes"] = tuple(map(_shape, data.get("input_shapes", ())))
+            _check_types(cls, data)
+            _check_types(Setting, setting or {})
             return cls(layers=layers, setting=None if setting is None else Setting(**setting), **data)
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"this plan lacks a field or has an unknown one, or one of a wrong type ({error})") from error
@@ -209,14 +213,22 @@ def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
 def _layer(entry: dict[str, Any]) -> LayerPlan:
     if set(entry) != {f.name for f in fields(LayerPlan)}:
         raise KeyError(f"a layer with the fields {sorted(entry)}")
-    kinds: dict[type, tuple[str, ...]] = {
-        int: ("params_before", "params_after"),
-        int | None: ("rank", "full_rank", "macs_before", "macs_after"),
-        str: ("name", "kind"),
-        str | None: ("scheme", "reason"),
-    }  # type: ignore[assignment]
-    for kind, names in kinds.items():
-        for name in names:
-            if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
-                raise TypeError(f"{name} of layer {entry['name']!r} is {entry[name]!r}")
-    return LayerPlan(**{**entry, "shape": tuple(entry["shape"])})
+    _check_types(LayerPlan, entry)
+    return LayerPlan(**{**entry, "shape": _shape(entry["shape"])})
+
+
+def _shape(sizes: Iterable[Any]) -> tuple[int, ...]:
+    shape = tuple(sizes)
+    if not all(type(size) is int for size in shape):
+        raise TypeError(f"the shape {list(shape)}")
+    return shape
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raise TypeError for a number or text of another type than the field of that name; JSON has whole numbers for floats."""
+    for name, hint in get_type_hints(kind).items():
+        types = get_args(hint) or (hint,)
+        if name in values and {*types} <= {int, float, str, NoneType}:
+            allowed = (*types, int) if float in types else types
+            if type(values[name]) not in allowed:
+                raise TypeError(f"{name}: {values[name]!r}")

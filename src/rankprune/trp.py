@@ -261,7 +261,7 @@ class TRP:
                 weights are sharded (FSDP2); every process then gets the whole decomposed model.
 
         Raises:
-            RankPruneError: if the weights are sharded and there is no `into`.
+            RankPruneError: if the weights are sharded and there is no `into`, or `into` is of another architecture.
 
         Warns:
             UserWarning: if the network cannot be timed; the plan then has no measured time.
@@ -275,7 +275,11 @@ class TRP:
         if into is None:
             return decompose(self.model, plan)
         dense = unwrap(into)
-        dense.load_state_dict({name: self._factorizer.team.whole(value) for name, value in self.model.state_dict().items()})
+        state = {name: self._factorizer.team.whole(value) for name, value in self.model.state_dict().items()}
+        try:
+            dense.load_state_dict(state)
+        except RuntimeError as error:
+            raise RankPruneError(f"into= is no model like the trained one: {error}") from error
         return decompose(dense, plan)
 
     # -- resuming -------------------------------------------------------------------------------------------------

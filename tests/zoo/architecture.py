@@ -60,7 +60,7 @@ def run(model: nn.Module, x: Inputs) -> list[Tensor]:
 def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference between two runs' outputs, relative to the largest entry of each wanted tensor."""
     pairs = zip(found, wanted, strict=True)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
+    return float(torch.stack([((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).double() for a, b in pairs]).max())
 
 
 def noise(*shape: int) -> Callable[[], Tensor]:

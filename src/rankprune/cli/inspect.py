@@ -26,7 +26,7 @@ def evaluate(
     size: Annotated[int | None, typer.Option(help="Crop photographs to the size x size pixels in their middle.")] = None,
     resize: Annotated[int | None, typer.Option(help="Their shorter side before that; size / 0.875 by default.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode photographs.")] = 8,
-    batch: int = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 100,
     mean: Annotated[tuple[float, float, float], typer.Option(help="Of the colours, 0 to 1, to normalise by.")] = IMAGENET_MEAN,
     std: Annotated[tuple[float, float, float], typer.Option(help="Likewise, the standard deviation.")] = IMAGENET_STD,
 ) -> None:

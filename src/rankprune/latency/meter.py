@@ -215,7 +215,12 @@ def _numerics(device: str) -> str:
     """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
-    narrowed_by = [torch.get_float32_matmul_precision()]
+    narrowed_by: list[object] = []
+    try:
+        narrowed_by += [torch.get_float32_matmul_precision()]
+    except RuntimeError:  # raised where torch's newer settings narrow them
+        chosen = torch.backends.mkldnn, torch.backends.cuda.matmul, torch.backends.cudnn
+        narrowed_by += [torch.backends.mkldnn.matmul.fp32_precision, *(each.fp32_precision for each in chosen)]
     if device == "cuda":
         cudnn = torch.backends.cudnn
         with suppress(RuntimeError):  # of settings of both the older and the newer kind

@@ -250,8 +250,9 @@ def config(r: Result) -> Table:
     """The settings of a run and what it was made with, a row each."""
     made = {k: r[k] for k in ("commit", "versions", "cpu", "gpu", "threads", "date", "wall_s") if k in r}
     if timed := [entry for entry in r.get("log", ()) if entry.get("input_share") is not None]:
-        waited = sum(entry["input_share"] * entry["seconds"] for entry in timed) / sum(entry["seconds"] for entry in timed)
-        made["waited for input"] = f"{waited:.1%} of the time"
+        seconds = sum(entry["seconds"] for entry in timed)
+        waited = sum(entry["input_share"] * entry["seconds"] for entry in timed)
+        made["waited for input"] = f"{waited / seconds if seconds else 0:.1%} of the time"
     return Table("Config", ("setting", "value"), _flat(r["config"]) + _flat(made), words=2)
 
 
