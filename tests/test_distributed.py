@@ -83,7 +83,7 @@ def test_a_process_that_dies_ends_the_run() -> None:
     begin = time.monotonic()
     run = torchrun(WORKER, "die")
     assert run.returncode != 0
-    assert time.monotonic() - begin < 120
+    assert time.monotonic() - begin < 240
     assert "Signal 9" in run.stderr, run.stderr[-4000:]
 
 

@@ -214,6 +214,52 @@ def test_an_edited_plan_decomposes_but_is_not_saved_as_what_it_is_not(tmp_path):
         rp.save(tmp_path, small, plan)
 
 
+def test_an_artefact_wants_a_folder(tmp_path: Path) -> None:
+    model, file = network(), tmp_path / "file"
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    file.touch()
+    with pytest.raises(rp.CheckpointError, match="is a file; give a folder"):
+        rp.save(file, rp.decompose(model, plan), plan)
+
+
+def test_weights_on_the_meta_device_are_told(tmp_path: Path) -> None:
+    model = network()
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    rp.save(tmp_path, rp.decompose(model, plan), plan)
+    with torch.device("meta"):
+        empty = network()
+    for use in (rp.decompose, rp.project):
+        with pytest.raises(rp.RankPruneError, match="layer '0' is on the meta device"):
+            use(empty, plan)
+    with pytest.raises(rp.CheckpointError, match="meta device; build the model on a real one"):
+        rp.load(tmp_path, empty)
+
+
+class Counting(nn.Sequential):
+    """Has more in its state than tensors."""
+
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: int) -> None:
+        pass
+
+
+def test_a_state_that_is_no_tensor_cannot_be_saved(tmp_path: Path) -> None:
+    model = Counting(*network())
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    with pytest.raises(rp.CheckpointError, match="'_extra_state', a int and no tensor"):
+        rp.save(tmp_path, rp.decompose(model, plan), plan)
+
+
+def test_a_rule_by_latency_names_its_backend() -> None:
+    class Clocked(rp.FixedRank):
+        metric = "latency"
+
+    with pytest.raises(rp.RankPruneError, match="names no backend; derive the rule from Budget"):
+        rp.make_plan(network(), X, rule=Clocked(2))
+
+
 def test_a_package_that_is_there_but_does_not_work_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "openvino.py").write_text("raise ImportError('libtbb.so.12 is missing\\nmore')")
     monkeypatch.syspath_prepend(tmp_path)

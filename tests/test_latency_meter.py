@@ -40,6 +40,12 @@ def test_ranks_to_try_are_multiples_of_a_power_of_two(largest: int, multiple: in
     assert ranks_to_try(largest, 12, multiple) == low + list(range(step, largest + 1, step))
 
 
+def test_one_round_has_no_spread() -> None:
+    model, x = network()
+    with pytest.raises(rp.RankPruneError, match="at least 2"):
+        compare({"dense": model}, x, ["timeless"], rounds=1)
+
+
 def test_what_was_measured_is_not_measured_again(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
     first = measured(model, x, budget(0.7))
@@ -185,6 +191,16 @@ def test_layers_in_another_precision_are_measured_anew(cache_by_own_clock: Path,
         finally:
             torch.set_float32_matmul_precision("highest")
     assert len(json.loads(file.read_text())["measured"]) == 2 * before
+
+
+def test_a_layer_before_batchnorm_and_one_without_are_measured_each() -> None:
+    layer, x = nn.Conv2d(32, 32, 3, padding=1, bias=False), torch.randn(2, 32, 4, 4)
+    subject = Subject(layer, ((2, 32, 4, 4),), {SCHEMES["spatial"]: [16]})
+    alone, normed = (
+        measure_layer(nn.Sequential(layer, *tail), x, "0", subject, "timeless").dense_ns
+        for tail in ((), (nn.BatchNorm2d(32), nn.ReLU()))
+    )
+    assert normed == pytest.approx(alone + 64 * own_clock.MS_PER_PARAMETER * 1e6, rel=1e-4)
 
 
 def test_a_layer_that_runs_twice_counts_twice() -> None:

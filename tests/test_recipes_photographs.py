@@ -347,6 +347,8 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(*images)
     with pytest.raises(rp.RankPruneError, match="cannot load the data set"):
         load_photographs(f"hub:{tmp_path / 'nowhere'}", "train")
+    with pytest.raises(rp.RankPruneError, match="has no split 'third', but train, validation"):
+        load_photographs(f"hub:{tmp_path / 'set'}", "third")
 
 
 @pytest.mark.parametrize("labels", [["cat", "dog"], [0, None]])
