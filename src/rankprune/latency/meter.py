@@ -219,8 +219,9 @@ def _numerics(device: str) -> str:
     try:
         narrowed_by += [torch.get_float32_matmul_precision()]
     except RuntimeError:  # raised where torch's newer settings narrow them
-        chosen = torch.backends.mkldnn, torch.backends.cuda.matmul, torch.backends.cudnn
-        narrowed_by += [torch.backends.mkldnn.matmul.fp32_precision, *(each.fp32_precision for each in chosen)]
+        backends = torch.backends
+        chosen = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul, backends.cudnn.conv)  # type: ignore
+        narrowed_by += [each.fp32_precision for each in chosen]
     if device == "cuda":
         cudnn = torch.backends.cudnn
         with suppress(RuntimeError):  # of settings of both the older and the newer kind
