@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rankprune.errors import FactorizationError
+from rankprune.precision import float32_products
 from rankprune.spectrum import Spectrum
 
 K = TypeVar("K")
@@ -199,15 +200,7 @@ def _in_float32(stack: Tensor) -> bool:
     """Whether products are made in float32: of large matrices on the CPU, where nothing narrows it; else in float64."""
     kind = stack.device.type
     large = min(stack.shape[1:]) >= _LARGE and kind == "cpu" and stack.dtype != torch.float64
-    return large and not torch.is_autocast_enabled(kind) and _is_whole()
-
-
-def _is_whole() -> bool:
-    """Whether float32 products are of float32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # raised where torch's newer settings narrow them
-        return False
+    return large and not torch.is_autocast_enabled(kind) and float32_products() == "highest"
 
 
 def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:

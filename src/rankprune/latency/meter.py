@@ -18,6 +18,7 @@ from rankprune.backends import backend_named
 from rankprune.backends.base import shapes, tensors
 from rankprune.cost import Inputs, count, cpu_name, undisturbed, usable_cores
 from rankprune.latency.cache import NOISY, LatencyCache
+from rankprune.precision import float32_products
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
 from rankprune.schemes.base import is_channels_last
@@ -215,13 +216,7 @@ def _numerics(device: str) -> str:
     """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
-    narrowed_by: list[object] = []
-    try:
-        narrowed_by += [torch.get_float32_matmul_precision()]
-    except RuntimeError:  # raised where torch's newer settings narrow them
-        backends = torch.backends
-        chosen = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul, backends.cudnn.conv)  # type: ignore
-        narrowed_by += [each.fp32_precision for each in chosen]
+    narrowed_by: list[object] = [float32_products()]
     if device == "cuda":
         cudnn = torch.backends.cudnn
         with suppress(RuntimeError):  # of settings of both the older and the newer kind
