@@ -126,6 +126,16 @@ def test_a_dense_run_alone() -> None:
     assert "Accuracy against ms, net on images" not in shown.of("h3")
 
 
+def test_a_run_tells_all_epochs_that_it_was_trained_for() -> None:
+    dense, more = example("dense", "dense", top1_dense=90.0), example("more", "dense", top1_dense=91.0)
+    more["config"]["start"] = "run:dense"
+    untrained = decomposed("plain", "decompose", "channel", 40.0)
+    shown = [text.strip() for text in Reader(page([dense, more])).of("li")]
+    links = {"dense, 3 epochs, 90.00 %", "dense, 3 + 3 epochs, 91.00 %"}
+    assert {*links, "3 epochs", "3 + 3 epochs"} <= set(shown)
+    assert "not trained" in Reader(page([untrained])).of("li")
+
+
 def test_the_truncation_of_what_was_not_trained_is_called_so() -> None:
     for run, said in (
         (decomposed("a", "trp", "spatial", 80.0), "before training (grey) and after it (blue)"),

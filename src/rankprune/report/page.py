@@ -17,6 +17,7 @@ from rankprune.report.results import (
     between_spectra,
     compared,
     dense_networks,
+    epochs_among,
     full_ranks,
     in_order,
     is_timed,
@@ -41,8 +42,12 @@ def page(results: Sequence[Result]) -> str:
     results = in_order(results)
     title = ", ".join(dict.fromkeys(f"{r['model']} on {r['dataset']}" for r in results))
     about = results[0]["name"] if len(results) == 1 else f"{len(results)} runs"
-    runs = [_run(i, r) for i, r in enumerate(results, 1)]
-    links = [element("li", element("a", r["name"], href=f"#run-{i}"), f" {_in_short(r)}") for i, r in enumerate(results, 1)]
+    epochs = epochs_among(results)
+    runs = [_run(i, r, epochs(r)) for i, r in enumerate(results, 1)]
+    links = [
+        element("li", element("a", r["name"], href=f"#run-{i}"), f" {_in_short(r, epochs(r))}")
+        for i, r in enumerate(results, 1)
+    ]
     nav = element("nav", element("h2", "Runs"), element("ol", links))
     body = element(
         "body",
@@ -129,10 +134,10 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
     ]
 
 
-def _run(number: int, r: Result) -> Element:
-    epochs = f"{r['epochs']} epochs" if r.get("epochs") else "not trained"
+def _run(number: int, r: Result, epochs: str) -> Element:
     commit = f"commit {r['commit']}" if r.get("commit") else ""
-    facts = [r["model"], r["dataset"], label(r), epochs, f"seed {r.get('seed')}", r.get("date"), commit, tables.machine(r)]
+    trained = f"{epochs} epochs" if epochs else "not trained"
+    facts = [r["model"], r["dataset"], label(r), trained, f"seed {r.get('seed')}", r.get("date"), commit, tables.machine(r)]
     parts = [
         element("h2", r["name"], id=f"run-{number}"),
         element("ul", (element("li", str(fact)) for fact in facts if fact), class_="facts"),
@@ -147,9 +152,8 @@ def _run(number: int, r: Result) -> Element:
     return element("section", parts, _folded("Config", tables.config(r)), class_="run")
 
 
-def _in_short(r: Result) -> str:
-    epochs = f", {r['epochs']} epochs" if r.get("epochs") else ""
-    return f"{label(r)}{epochs}, {accuracy(r):.2f} %"
+def _in_short(r: Result, epochs: str) -> str:
+    return f"{label(r)}{f', {epochs} epochs' if epochs else ''}, {accuracy(r):.2f} %"
 
 
 def _absent(r: Result) -> Element:
