@@ -25,42 +25,42 @@ test-slow: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The CIFAR-10 table: one command a row, dense networks first, for others build on them. Days on two cores; a killed run goes on.
+# Experiments by name. One command runs one; a killed one goes on. Those that others build on come first: dense networks, these trained
+# on, what starts from them, and what goes on from that.
 RUN := $(BIN)/rankprune bench run benchmarks/experiments
-OURS := $(foreach row,spatial-2.17x spatial-2.84x channel-2.17x spatial-4x,resnet20-ours-$(row)) resnet32-ours-spatial-2.17x \
-	resnet56-ours-spatial-2.5x
-SEEDED := $(foreach net,resnet20 resnet32 resnet56,$(net)-dense $(net)-trp-spatial-nu $(net)-trp-channel-nu) \
-	resnet20-trp-decoupled-nu $(foreach row,$(OURS),$(row) $(row)-distilled)
-ROWS := $(notdir $(basename $(wildcard benchmarks/experiments/resnet*.toml)))
-CONTINUED := %-continued-distilled
-ORDERED := $(filter %-dense,$(ROWS)) $(filter-out %-dense $(CONTINUED),$(ROWS)) $(filter $(CONTINUED),$(ROWS))
+REPORT := $(BIN)/rankprune report --into README.md --plots docs/plots
+CONTINUED := %-continued %-continued-distilled
+named = $(notdir $(basename $(wildcard benchmarks/experiments/$1.toml)))
+in_order = $(filter %-dense,$1) $(filter %-dense-continued,$1) $(filter-out %-dense $(CONTINUED),$1) \
+	$(filter-out %-dense-continued,$(filter $(CONTINUED),$1))
+
+# The CIFAR-10 table, days on two cores. Three seeds of the dense networks, of the nuclear term and of ours by MACs.
+ROWS := $(call named,resnet*)
+SEEDED := $(filter resnet20-dense resnet32-dense resnet56-dense %-nu,$(ROWS)) \
+	$(foreach net,resnet20 resnet32 resnet56,$(filter $(net)-ours-spatial-% $(net)-ours-channel-% $(net)-ours-auto-%,$(ROWS)))
 
 bench-cifar: .venv/ready
-	for row in $(ORDERED); do $(RUN)/$$row.toml || exit 1; done
+	for row in $(call in_order,$(ROWS)); do $(RUN)/$$row.toml || exit 1; done
 	for row in $(SEEDED); do for seed in 1 2; do $(RUN)/$$row.toml --seed $$seed || exit 1; done; done
-	$(BIN)/rankprune report --into README.md --plots docs/plots
+	$(REPORT)
 
 # By the paper's own schedule, from scratch: 164 epochs a row, for a GPU.
-PAPER := $(notdir $(basename $(wildcard benchmarks/experiments/paper-*.toml)))
-
 bench-paper: .venv/ready
-	for row in $(filter %-dense,$(PAPER)) $(filter-out %-dense,$(PAPER)); do $(RUN)/$$row.toml || exit 1; done
+	for row in $(call in_order,$(call named,paper-*)); do $(RUN)/$$row.toml || exit 1; done
+	$(REPORT)
 
-# ImageNet, ten epochs a row, on all GPUs of a machine.
-IMAGENET := $(notdir $(basename $(wildcard benchmarks/experiments/imagenet-*.toml)))
-GPUS ?= 8
+# ImageNet, ten epochs a row, on all GPUs of this machine or on as many as GPUS says.
+GPUS ?= gpu
 
 bench-imagenet: .venv/ready
-	for row in $(filter %-dense,$(IMAGENET)) $(filter-out %-dense,$(IMAGENET)); do $(BIN)/torchrun --nproc-per-node=$(GPUS) \
+	for row in $(call in_order,$(call named,imagenet-*)); do $(BIN)/torchrun --nproc-per-node=$(GPUS) \
 	-m rankprune bench run benchmarks/experiments/$$row.toml || exit 1; done
+	$(REPORT)
 
-# Each builds on the one before: trained from scratch, trained on as long as the rest, the rest.
-NETTE := $(notdir $(basename $(wildcard benchmarks/experiments/imagenette-*.toml)))
-NETTE_ORDERED := $(filter %-dense,$(NETTE)) $(filter %-continued,$(NETTE)) $(filter-out %-dense %-continued,$(NETTE))
-
+# Imagenette, ten classes of ImageNet: a network trained from scratch, and what builds on it. A day on two cores.
 bench-imagenette: .venv/ready
-	for row in $(NETTE_ORDERED); do $(RUN)/$$row.toml || exit 1; done
-	$(BIN)/rankprune report --into README.md --plots docs/plots
+	for row in $(call in_order,$(call named,imagenette-*)); do $(RUN)/$$row.toml || exit 1; done
+	$(REPORT)
 
 # ResNets by the clock: half an hour, with nothing else running. CLOCKED=... writes elsewhere, what another machine measures, say.
 BY_CLOCK := $(BIN)/rankprune bench latency --backend onnxruntime --rule "Budget(latency=0.5, backend='onnxruntime')" \
@@ -76,7 +76,7 @@ bench-latency: .venv/ready
 	--model rankprune.recipes.imagenet_resnet:resnet18 --input 1,3,224,224 --out $(CLOCKED)-resnet18-backends.json
 	$(BIN)/python benchmarks/pairs.py
 
-bench: bench-cifar bench-latency
+bench: bench-cifar bench-imagenette bench-latency
 	$(BIN)/python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 	$(BIN)/python benchmarks/roofline.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 	$(BIN)/python benchmarks/overhead.py

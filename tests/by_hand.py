@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SCHEMES = ("channel", "spatial", "decoupled")
+from rankprune import schemes
+
+SCHEMES = tuple(name for name in schemes.SCHEMES if name != "linear")
 CONSIDERED = ("body", "hidden", "small")
 
 

@@ -16,15 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import rankprune as rp
-from coloured import coloured
 from distributed_latency import latency, latency_sharded
+from distributed_recipe import plan_once, recipe, recipe_killed
 from distributed_setup import EVERY, STEPS, batches, evaluate, go_on, make, network, sgd, together, train, whole
 from rankprune import linalg
 from rankprune.distributed import reshard
-from rankprune.recipes import training
-from rankprune.recipes.batches import TrainBatches
-from rankprune.recipes.processes import Processes
-from rankprune.recipes.schedule import TrainConfig
 from rankprune.schemes import SCHEMES
 
 
@@ -205,19 +201,6 @@ def fail() -> None:
     print(f"process {rank} was told", flush=True)
 
 
-def recipe() -> None:
-    """The recipes' loop averages gradients: on parts of batches it comes to the weights that it comes to on whole ones."""
-    config = TrainConfig(epochs=2, precision="float32", compile=False)
-    trained: list[nn.Module] = []
-    for part in (slice(None), Processes(dist.get_rank(), dist.get_world_size()).part_of(8)):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))  # without statistics of a batch
-        training.train(model, TrainBatches(coloured(40), 8, pad=1, part=part), config)
-        trained.append(model)
-    for whole_batches, parts in zip(*(model.parameters() for model in trained), strict=True):
-        assert torch.allclose(whole_batches, parts, rtol=1e-4, atol=1e-5)
-
-
 def die() -> None:
     """One process is gone in the middle of a training."""
     model = nn.parallel.DistributedDataParallel(network())
@@ -238,6 +221,8 @@ if __name__ == "__main__":
         "fail-late": fail_late,
         "die": die,
         "recipe": recipe,
+        "recipe-killed": recipe_killed,
+        "plan-once": plan_once,
         "without-scatter": without_scatter,
         "resume-ddp": lambda: resume("ddp"),
         "resume-fsdp": lambda: resume("fsdp-mixed"),

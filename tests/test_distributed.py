@@ -38,7 +38,9 @@ def several(*modes: str) -> object:
 
 
 @needs_gloo
-@pytest.mark.parametrize("modes", [several("ddp", "fsdp-root", "fsdp-mixed", "recipe"), slow(["fsdp", "without-scatter"])])
+@pytest.mark.parametrize(
+    "modes", [several("ddp", "fsdp-root", "fsdp-mixed", "recipe", "plan-once"), slow(["fsdp", "without-scatter"])]
+)
 def test_two_processes_equal_one(modes: tuple[str, ...]) -> None:
     run = torchrun(WORKER, *modes)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -51,7 +53,7 @@ def test_weights_sharded_over_a_single_process() -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize("modes", [several("resume-ddp", "resume-fsdp"), slow(["resume-elsewhere"])])
+@pytest.mark.parametrize("modes", [several("resume-ddp", "resume-fsdp", "recipe-killed"), slow(["resume-elsewhere"])])
 def test_a_resumed_training_takes_the_same_steps(modes: tuple[str, ...]) -> None:
     run = torchrun(WORKER, *modes)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -129,6 +131,49 @@ def test_the_recipes_run_under_torchrun(training: list[str], photographs: list[s
     assert len(together["log"]) == len(alone["log"])
     assert together["macs"] <= together["macs_dense"] / 2.2
     assert together["train_images"] == alone["train_images"] == 48
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rows_that_build_on_each_other_run_under_torchrun_compiled(tmp_path: Path) -> None:
+    for split, images in (("train", coloured(48, 8)), ("test", coloured(30, 8, seed=5))):
+        write_parquet(tmp_path / "tiny" / f"{split}-0.parquet", images)
+    common = ["dataset = 'tiny'", "batch = 16"]
+    rows = {
+        "dense": ["method = 'dense'", *common, "[training]", "epochs = 1"],
+        "tuned": ["method = 'decompose+finetune'", "start = 'run:dense'", *common, "[training]", "epochs = 1"],
+        "ours": [
+            "method = 'ours'",
+            "start = 'run:dense'",
+            *common,
+            "[training]",
+            "epochs = 1",
+            "distill = 0.7",
+            "checkpoint_steps = 2",
+        ],
+    }
+    environment = {**os.environ, "RANKPRUNE_DATA": str(tmp_path)}
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.toml").write_text("\n".join([*lines, "[trp]", "every = 2", "ramp = 0.5"]))
+        command = [
+            "-m",
+            "rankprune",
+            "bench",
+            "run",
+            tmp_path / f"{name}.toml",
+            "--results",
+            tmp_path,
+            "--runs",
+            tmp_path / "runs",
+        ]
+        run = torchrun(*command, env=environment)
+        assert run.returncode == 0, f"{name}: {run.stderr[-4000:]}"
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in rows}
+    assert results["tuned"]["top1_before_decomposition"] == results["dense"]["top1"]
+    for name in ("tuned", "ours"):
+        assert results[name]["macs"] <= results[name]["macs_dense"] / 2.2
+        assert len(results[name]["log"]) == 1
 
 
 def test_a_batch_is_divided_evenly_or_not_at_all() -> None:

@@ -30,7 +30,8 @@ def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
         "params_dense": 100,
     }
     if method == "dense":
-        return {**base, "scheme": None, "top1_dense": top1, **more}
+        same = {"macs": 1000, "params": 100, "top1_dense": top1, "top1_before_decomposition": top1, "top1": top1}
+        return {**base, **same, "scheme": None, **more}
     costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0, "ranks": {}}
     return {**base, **costs, "top1_dense": 90.0, "top1_before_decomposition": top1, "top1": top1, **more}
 
@@ -142,6 +143,23 @@ def test_a_decomposed_result_needs_its_own_fields(tmp_path, field):
         read_results([tmp_path / "a.json"])
 
 
+def test_a_dense_result_needs_all_but_ranks(tmp_path):
+    whole = result("dense", 88.0)
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert read_results([tmp_path / "a.json"]) == [whole]
+    for field in ("top1", "macs", "top1_dense"):
+        (tmp_path / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
+        with pytest.raises(rp.RankPruneError, match=f"it lacks {field}$"):
+            read_results([tmp_path / "a.json"])
+
+
+def test_a_dense_row_tells_its_time_but_not_how_much_faster_it_is():
+    dense = result("dense", 90.0)
+    timed = markdown_table(overview([dense | {"ms_dense": 10.0, "ms": 10.0}]))
+    assert timed.endswith("| 90.00 |  | 1,000 |  | 100 |  | 10.0 |  |")
+    assert markdown_table(overview([dense])).endswith("| 90.00 |  | 1,000 |  | 100 |  |  |  |")
+
+
 def test_a_row_without_a_reference_has_no_drop():
     alone = result("trp", 88.0)
     del alone["top1_dense"]
@@ -170,6 +188,20 @@ def test_pictures_of_results(tmp_path):
     drawn = [file.read_text() for file in files]
     assert all(text.startswith("<?xml") and len(text) > 5000 for text in drawn)
     assert drawn == [file.read_text() for file in plot_results(tmp_path, results)], "the same results draw the same file"
+
+
+def test_panels_stand_two_by_two_and_none_is_of_dense_networks_alone(tmp_path):
+    def drawn(*models: str) -> tuple[list[str], float, float]:
+        results = [result("trp", 88.0, name=model, model=model) for model in models]
+        plot_accuracy(tmp_path / "a.svg", [*results, result("dense", 90.0, model="alone")])
+        text = (tmp_path / "a.svg").read_text()
+        width, height = (float(re.search(rf'{side}="([\d.]+)pt"', text)[1]) for side in ("width", "height"))
+        return re.findall("<!-- (.*) on cifar10 -->", text), width, height
+
+    (one, width, height), (three, wide, high) = drawn("a"), drawn("a", "b", "c")
+    assert (one, three) == (["a"], ["a", "b", "c"])
+    assert (wide, high) == (2 * width, 2 * height)
+    assert drawn()[0] == ["alone"]
 
 
 def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):
@@ -320,6 +352,10 @@ def test_the_command_writes_every_form(tmp_path):
     assert "88.50 ± 0.71" in text
     assert "the last Linear stays dense" in report(str(tmp_path / "trained.json"))
     assert markdown(tables(read_results([tmp_path]))) in report(str(tmp_path), "--markdown")
+    each = report(str(tmp_path), "--markdown", "--each")
+    assert each.startswith(report(str(tmp_path), "--markdown").strip())
+    assert [each.count(f"## {name}: Figures") for name in ("dense", "trained", "trained-seed1")] == [1] * 3
+    assert "trained: Layers that stay dense" in report(str(tmp_path), "--each")
     readme, html, plots = tmp_path / "README.md", tmp_path / "page.html", tmp_path / "plots"
     readme.write_text(f"{BEGIN}\n{END}")
     text = report(str(tmp_path), "--into", str(readme), "--plots", str(plots), "--html", str(html))

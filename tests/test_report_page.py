@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 import rankprune as rp
-from example_results import WICKED, decomposed, every_kind_of_run, example
+from example_results import WICKED, decomposed, dense, every_kind_of_run
 from rankprune.report.page import page
 from rankprune.report.pictures import bars, curve, heat_map, spectrum
 from rankprune.report.tables import OLDER
@@ -121,16 +121,16 @@ def test_a_plan_of_another_format_is_left_out() -> None:
 
 
 def test_a_dense_run_alone() -> None:
-    shown = Reader(page([example("only", "dense", top1_dense=90.0)]))
+    shown = Reader(page([dense("only", 90.0)]))
     assert shown.of("h2") == ["Results", "only"]
     assert "Accuracy against ms, net on images" not in shown.of("h3")
 
 
 def test_a_run_tells_all_epochs_that_it_was_trained_for() -> None:
-    dense, more = example("dense", "dense", top1_dense=90.0), example("more", "dense", top1_dense=91.0)
+    first, more = dense("dense", 90.0), dense("more", 91.0)
     more["config"]["start"] = "run:dense"
     untrained = decomposed("plain", "decompose", "channel", 40.0)
-    shown = [text.strip() for text in Reader(page([dense, more])).of("li")]
+    shown = [text.strip() for text in Reader(page([first, more])).of("li")]
     links = {"dense, 3 epochs, 90.00 %", "dense, 3 + 3 epochs, 91.00 %"}
     assert {*links, "3 epochs", "3 + 3 epochs"} <= set(shown)
     assert "not trained" in Reader(page([untrained])).of("li")

@@ -130,7 +130,7 @@ class RankRule(ABC):
         Raises:
             RankPruneError: if the rule has no such path.
         """
-        raise RankPruneError(f"{self!r} cannot be annealed; use Budget or Energy, or ramp=0")
+        raise RankPruneError(f"{self!r} cannot be annealed; use one that can, like Budget or Energy, or ramp=0")
 
 
 class LocalRule(RankRule):

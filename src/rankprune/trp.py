@@ -46,7 +46,7 @@ class TRP:
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
-            the end. 0 applies the rule in full from the start. Rules that can: Budget and Energy.
+            the end. 0 applies the rule in full from the start. Rules that can: those with `relaxed`, like Budget and Energy.
         freeze: after this many steps, no fewer than `ramp`, the ranks are chosen no more, and projections keep to them; None
             never freezes.
         example_inputs, include, exclude, round_to: as in make_plan.

@@ -20,6 +20,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
     into: Annotated[Path | None, typer.Option(help="Write the overview between the marks in this Markdown file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw accuracy, spectra and ranks into this folder.")] = None,
+    each: Annotated[bool, typer.Option("--each", help="Print all about every run, also of several.")] = False,
     in_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Tables of runs side by side, or all about a single one; and a page, Markdown, or pictures of the same."""
@@ -35,7 +36,7 @@ def report(
         for file in plot_results(plots, found):
             say(f"plot   {file}")
     if in_markdown:
-        say(markdown(tables(found)))
+        say(markdown(tables(found, each)))
     elif html is None and into is None and plots is None:
-        for table in tables(found):
+        for table in tables(found, each):
             show_table(table.title, table.columns, table.rows, words=table.words, note=table.note)

@@ -138,7 +138,7 @@ def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: 
     path = runner.write(result, out / f"{name}.json")
     dense = (result["macs_dense"], result["params_dense"])
     rows = [("dense", result["top1_dense"], *dense)] if "top1_dense" in result else []
-    if "top1" in result:
+    if result["method"] != "dense":
         rows.append(("before decomposition", result["top1_before_decomposition"], *dense))
         rows.append(("decomposed", result["top1"], result["macs"], result["params"]))
     show_table(

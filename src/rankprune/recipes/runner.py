@@ -77,16 +77,15 @@ def run(
     save_tensors(folder / WEIGHTS, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
     result = _describe(e, log, data) | found
     if plan is None or small is None:
-        cost = count(model, x)
-        result |= {"macs_dense": cost.macs, "params_dense": cost.params}
-        result |= {"top1_dense": top1(model, data.test())}
+        result |= _compare(model, model, data, x, e)
+        result["top1_dense"] = result["top1"]
     else:
         if e.reference:
             known = _top1_of_a_run(e.reference, folders, result)
             result["top1_dense"] = top1(network(e.reference), data.test()) if known is None else known
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
-        result |= _compare(model, small, plan, data, x, e)
+        result |= _compare(model, small, data, x, e) | {"ranks": plan.ranks, "plan": json.loads(plan.to_json())}
         torch.manual_seed(e.training.seed)  # a fresh network is again the one that was trained
         before = _rounded_spectra(network(e.start), plan)
         project(model, plan)  # what was only decomposed is not of low rank yet
@@ -188,29 +187,30 @@ def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> 
     return there.get("top1_dense") if all(there.get(key) == result[key] for key in images) else None
 
 
-def _compare(model: nn.Module, small: nn.Module, plan: Plan, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
+def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
+    """Accuracy, costs and times of a network before and after decomposition; of one that stays dense both are the same."""
     rule = parse_rule(e.trp.rule)
     batch = next(data.test(batch=(e.trp.batch or 1) if rule.metric == "latency" else TIMED))[0]
     before, after = count(model, x), count(small, x)
     backend, threads = (rule.backend, rule.threads) if isinstance(rule, Budget) else ("eager", None)
-    found = compare({"dense": model, "small": small}, batch, [backend], threads=threads, rounds=30)
+    networks = {"small": small} if model is small else {"dense": model, "small": small}
+    found = compare(networks, batch, [backend], threads=threads, rounds=30)
     if found.failed:
         raise RankPruneError(f"the networks cannot be timed: {found.failed[backend]}")
     times = {t.network: t for t in found.timings}
+    accuracy = top1(small, data.test())
     return {
-        "top1_before_decomposition": top1(model, data.test()),
-        "top1": top1(small, data.test()),
+        "top1_before_decomposition": accuracy if model is small else top1(model, data.test()),
+        "top1": accuracy,
         "macs_dense": before.macs,
         "macs": after.macs,
         "params_dense": before.params,
         "params": after.params,
-        "ms_dense": round(times["dense"].ms, 3),
+        "ms_dense": round(times.get("dense", times["small"]).ms, 3),
         "ms": round(times["small"].ms, 3),
         "ms_backend": backend,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
-        "ranks": plan.ranks,
-        "plan": json.loads(plan.to_json()),
     }
 
 

@@ -13,7 +13,6 @@ from rankprune.report.markup import element, html
 from rankprune.report.pictures import Point
 from rankprune.report.results import (
     Result,
-    accuracy,
     between_spectra,
     compared,
     dense_networks,
@@ -22,7 +21,6 @@ from rankprune.report.results import (
     in_order,
     is_timed,
     label,
-    macs,
     mean_of,
     method,
     plan_of,
@@ -97,16 +95,16 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
     legend: dict[str, tuple[int, str]] = {}
     name_of = told_apart(results)
     for group in seeds_together(results):
-        r, tops = mean_of(group), [accuracy(g) for g in group]
+        r, tops = mean_of(group), [g["top1"] for g in group]
         top, name = sum(tops) / len(tops), name_of(r)
         dense = r["method"] == "dense"
-        colour, shape = (0, "bar") if dense else (colours[method(r)], SHAPES.get(r["scheme"], "diamond"))
+        colour, shape = (0, "bar") if dense else (colours[method(r)], SHAPES.get(r["scheme"], "cross"))
         legend[name] = colour, shape
         seeds = f", mean of {len(group)} seeds, {min(tops):.2f} to {max(tops):.2f}" if len(group) > 1 else ""
         said = f"{r['name']}: {top:.2f} %{seeds}"
-        share = 100 * macs(r) / r["macs_dense"]
+        share = 100 * r["macs"] / r["macs_dense"]
         by_macs.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {share:.1f} % of the MACs"))
-        if is_timed(r):
+        if is_timed(r) and not dense:
             share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} ms"
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
     there = {r["name"] for r in results if r["method"] == "dense"}
@@ -153,7 +151,7 @@ def _run(number: int, r: Result, epochs: str) -> Element:
 
 
 def _in_short(r: Result, epochs: str) -> str:
-    return f"{label(r)}{f', {epochs} epochs' if epochs else ''}, {accuracy(r):.2f} %"
+    return f"{label(r)}{f', {epochs} epochs' if epochs else ''}, {r['top1']:.2f} %"
 
 
 def _absent(r: Result) -> Element:
@@ -174,11 +172,7 @@ def _tiles(r: Result) -> list[Element]:
         return element("div", element("span", what, class_="what"), element("span", value, class_="value"), note)
 
     if r["method"] == "dense":
-        return [
-            tile("top-1", f"{r['top1_dense']:.2f} %"),
-            tile("MACs", f"{macs(r):,}"),
-            tile("params", f"{r['params_dense']:,}"),
-        ]
+        return [tile(*row) for row in tables.figures(r).rows]
     drop = f"{r['top1_dense']:.2f} dense" if "top1_dense" in r else f"{r['top1_before_decomposition']:.2f} before decomposition"
     tiles = [
         tile("top-1", f"{r['top1']:.2f} %", drop),

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, accuracy, compared, macs, mean_of, seeds_together, told_apart
+from rankprune.report.results import Result, compared, mean_of, seeds_together, told_apart
 from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+PANELS = 2
+"""How many stand beside each other, to be read on a page."""
 
 Spectra = Mapping[str, Sequence[float]]
 History = Sequence[tuple[float, Mapping[str, int]]]
@@ -53,22 +56,30 @@ def plot_training(path: str | Path, before: Spectra, after: Spectra, history: Hi
 def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     """Draw top-1 accuracy against the share of MACs that is left, one panel for each network and its images, seeds averaged.
 
+    Networks that are there only dense get no panel, unless all are.
+
     Raises:
         MissingExtraError: without matplotlib.
     """
     panels: dict[str, list[list[Result]]] = defaultdict(list)
     for group in seeds_together(results):
         panels[compared(group[0])].append(group)
-    figure = _figure((5.5 * len(panels), 4.2))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+    drawn = {title: groups for title, groups in panels.items() if any(r["method"] != "dense" for (r, *_) in groups)} or panels
+    columns = min(len(drawn), PANELS)
+    rows = -(-len(drawn) // columns)
+    figure = _figure((5.5 * columns, 4.2 * rows))
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    axes = [next(places) for _ in drawn]
+    for place in places:
+        place.remove()
+    for ax, (title, groups) in zip(axes, drawn.items(), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         name_of, dashes = told_apart([group[0] for group in groups]), cycle(("--", ":", "-."))
         for group in groups:
-            tops = [accuracy(r) for r in group]
+            tops = [r["top1"] for r in group]
             mean = sum(tops) / len(tops)
             spread = (max(tops) - min(tops)) / 2
-            lines[name_of(group[0])].append((macs(mean_of(group)) / group[0]["macs_dense"], mean, spread))
+            lines[name_of(group[0])].append((mean_of(group)["macs"] / group[0]["macs_dense"], mean, spread))
         for name, points in lines.items():
             shares, tops, spreads = zip(*sorted(points), strict=True)
             if name.startswith("dense"):

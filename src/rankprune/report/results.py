@@ -13,7 +13,7 @@ from rankprune.recipes.settings import in_force
 
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
-_DECOMPOSED = {"top1_before_decomposition", "top1", "macs", "params", "ranks"}
+_JUDGED = {"top1_before_decomposition", "top1", "macs", "params"}
 _COSTS = ("macs_dense", "macs", "params_dense", "params", "ms_dense", "ms")
 
 
@@ -43,8 +43,8 @@ def read_results(paths: Iterable[str | Path]) -> list[Result]:
 
 
 def _needed(data: Result) -> set[str]:
-    """The fields that a result needs: more, if its network was decomposed."""
-    return _ALWAYS | ({"top1_dense"} if data.get("method", "dense") == "dense" else _DECOMPOSED)
+    """The fields that a result needs: one more, if its network was decomposed."""
+    return _ALWAYS | _JUDGED | ({"top1_dense"} if data.get("method", "dense") == "dense" else {"ranks"})
 
 
 def _read(file: Path) -> Any:
@@ -59,7 +59,7 @@ def _read(file: Path) -> Any:
 def in_order(results: Sequence[Result]) -> list[Result]:
     """The results in the order of all tables: by images and network, dense ones first, then by MACs."""
     return sorted(
-        results, key=lambda r: (r["dataset"], r["model"], from_scratch(r), r["method"] != "dense", macs(r), r["name"])
+        results, key=lambda r: (r["dataset"], r["model"], from_scratch(r), r["method"] != "dense", r["macs"], r["name"])
     )
 
 
@@ -141,11 +141,6 @@ def from_scratch(r: Result) -> bool:
     return r["config"].get("start") is None
 
 
-def macs(r: Result) -> int:
-    """The multiply-accumulates of the network that a result is about."""
-    return r.get("macs", r["macs_dense"])
-
-
 def task(r: Result) -> str:
     """The images that accuracies are on; those on others cannot be compared with them."""
     return r["dataset"] if r["test_split"] == "test" else f"{r['dataset']}, {r['test_split']}"
@@ -154,11 +149,6 @@ def task(r: Result) -> str:
 def is_timed(r: Result) -> bool:
     """Whether it tells the milliseconds of both networks."""
     return r.keys() >= {"ms", "ms_dense"}
-
-
-def accuracy(r: Result) -> float:
-    """The top-1 accuracy in percent of the network that a result is about."""
-    return r["top1_dense"] if r["method"] == "dense" else r["top1"]
 
 
 def compared(r: Result) -> str:

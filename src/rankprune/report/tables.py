@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rankprune.plan import Plan
@@ -36,11 +36,15 @@ class Table:
     note: str = ""
 
 
-def tables(results: Sequence[Result]) -> list[Table]:
-    """The overview; then, of one run all the tables, and of several the ranks of each network side by side."""
+def tables(results: Sequence[Result], each: bool = False) -> list[Table]:
+    """The overview; then, of one run all the tables, and of several the ranks of each network side by side.
+
+    With `each`, all the tables of every run follow these, under its name.
+    """
     if len(results) == 1:
         return [overview(results), *run_tables(results[0])]
-    return [overview(results), *ranks_together(results)]
+    named = [replace(table, title=f"{r['name']}: {table.title}") for r in in_order(results) for table in run_tables(r)]
+    return [overview(results), *ranks_together(results), *(named if each else ())]
 
 
 def run_tables(r: Result) -> list[Table]:
@@ -73,8 +77,8 @@ def _row(group: list[Result], epochs: str) -> tuple[str, ...]:
     r = mean_of(group)
     cells = [method(r), r["scheme"] or "", epochs]
     if r["method"] == "dense":
-        costs = (f"{r['macs_dense']:,}", "", f"{r['params_dense']:,}", "", "", "")
-        return (*cells, _spread([g["top1_dense"] for g in group]), "", *costs)
+        costs = (f"{r['macs']:,}", "", f"{r['params']:,}", "", _milliseconds(r) if is_timed(r) else "", "")
+        return (*cells, _spread([g["top1"] for g in group]), "", *costs)
     cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
     return (*cells, *((_milliseconds(r), times(r["ms_dense"], r["ms"])) if is_timed(r) else ("", "")))
@@ -131,7 +135,10 @@ def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
 def figures(r: Result) -> Table:
     """Accuracy, MACs and parameters, dense and decomposed."""
     if r["method"] == "dense":
-        rows = [("top-1 %", f"{r['top1_dense']:.2f}"), ("MACs", f"{r['macs_dense']:,}"), ("params", f"{r['params_dense']:,}")]
+        rows = [("top-1", f"{r['top1']:.2f} %"), ("MACs", f"{r['macs']:,}"), ("params", f"{r['params']:,}")]
+        rows += (
+            [(f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}", f"{r['ms']:.1f}")] if is_timed(r) else []
+        )
         return Table("Figures", ("", "dense"), rows)
     dense = f"{r['top1_dense']:.2f}" if "top1_dense" in r else ""
     drop = f"{r['top1_dense'] - r['top1']:.2f} points lost" if "top1_dense" in r else ""
