@@ -29,8 +29,9 @@ def recipe() -> None:
     part = Processes(dist.get_rank(), dist.get_world_size()).part_of(8)
     for config in (TrainConfig(epochs=2, compile=False), TrainConfig(epochs=2, compile=False, distill=0.7)):
         whole_batches, parts = learner(), learner()
-        training.train(whole_batches, TrainBatches(coloured(40), 8, pad=1), config, teacher=learner(1))
-        training.train(parts, TrainBatches(coloured(40), 8, pad=1, part=part), config, teacher=learner(1))
+        log = training.train(whole_batches, TrainBatches(coloured(40), 8, pad=1), config, teacher=learner(1))
+        ours = training.train(parts, TrainBatches(coloured(40), 8, pad=1, part=part), config, teacher=learner(1))
+        assert [entry.loss for entry in ours] == pytest.approx([entry.loss for entry in log], rel=1e-4)
         for a, b in zip(whole_batches.parameters(), parts.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rankprune import distributed
 from rankprune.distributed import Team, sharded_like
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import TrainBatches
-from rankprune.recipes.processes import Processes
+from rankprune.recipes.processes import Processes, joined
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 needs_gloo = pytest.mark.skipif(
@@ -174,6 +175,17 @@ def test_rows_that_build_on_each_other_run_under_torchrun_compiled(tmp_path: Pat
     for name in ("tuned", "ours"):
         assert results[name]["macs"] <= results[name]["macs_dense"] / 2.2
         assert len(results[name]["log"]) == 1
+
+
+def test_processes_of_a_recipe_wait_long_for_one_that_times_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: joining.update(options))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with joined() as processes:
+        assert processes.size == 2
+    assert joining["timeout"] >= timedelta(hours=1)
 
 
 def test_a_batch_is_divided_evenly_or_not_at_all() -> None:

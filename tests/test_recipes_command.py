@@ -40,7 +40,13 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     (tmp_path / "two" / "test" / "dark").mkdir(parents=True)
     Image.new("RGB", (50, 50)).save(tmp_path / "two" / "test" / "dark" / "0.jpg")
     for split, images in ((), 4), (("--split", "test"), 1):
-        assert f" % of {images} images" in invoke("evaluate", *network, *data, "--size", "32", "--workers", "0", *split)
+        shown = invoke("evaluate", *network, *data, "--size", "32", "--workers", "0", *split)
+        assert f" % of {images} images" in shown
+        assert "classes apart" not in shown
+    (tmp_path / "part" / "val").mkdir(parents=True)
+    (tmp_path / "two" / "val" / "light").rename(tmp_path / "part" / "val" / "light")  # the second class, alone
+    shown = invoke("evaluate", *network, "--data", str(tmp_path / "part"), "--size", "32", "--workers", "0")
+    assert "tells 2 classes apart, and these images have 1" in " ".join(shown.split())
     with pytest.raises(RankPruneError, match="--resize would do nothing: without --size"):
         invoke("evaluate", *network, *data, "--resize", "40")
 

@@ -21,6 +21,7 @@ from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.images import load_images
 from rankprune.recipes.networks import build
 from rankprune.recipes.photograph_batches import PhotographConfig
+from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import resnet
 from rankprune.recipes.runner import finished, run, write
@@ -86,6 +87,7 @@ def test_experiment_from_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("# caf\xe9", "cannot read the experiment"),
         ("colour = 1", r"quick\.toml.*unknown fields \['colour'\].*known ones are name, method"),
         ("[training]\nlearning = 1", r"\['learning'\].*epochs"),
         ("[trp]\nrang = 1", r"\['rang'\].*rule"),
@@ -102,7 +104,7 @@ def test_experiment_from_toml(tmp_path: Path) -> None:
     ],
 )
 def test_bad_toml(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "quick.toml").write_text(text)
+    (tmp_path / "quick.toml").write_bytes(text.encode("latin-1"))  # which but for one is UTF-8, too
     with pytest.raises(rp.RankPruneError, match=said):
         Experiment.read(tmp_path / "quick.toml")
     with pytest.raises(rp.RankPruneError, match="nowhere"):
@@ -227,15 +229,49 @@ def test_a_network_under_a_budget_of_latency_is_timed_on_the_batch_of_the_budget
 
 def test_of_a_reference_run_elsewhere_the_result_is_enough(folders: Folders, tmp_path: Path) -> None:
     e = replace(TINY, name="row", trp=TrpConfig(every=2), reference="run:dense")
+    steps: list[Progress] = []
     with pytest.raises(rp.RankPruneError, match="run that experiment first"):
-        run(e, folders)
+        run(e, folders, steps.append)
+    assert steps == [], "before anything is trained"
     folders = replace(folders, results=tmp_path / "results")
     dense = run(replace(TINY, name="dense", method="dense"), replace(folders, runs=tmp_path / "elsewhere"))
     path = write(dense | {"test_images": 29}, tmp_path / "results" / "dense.json")
     with pytest.raises(rp.RankPruneError, match="run that experiment first"):  # of other images
         run(e, folders)
+    write(dense | {"method": "trp", "top1_dense": 1.0, "top1_before_decomposition": 2.0}, path)
+    assert run(e, folders)["top1_dense"] == 2.0, "of the weights that are not here"
     write(dense, path)
     assert run(e, folders)["top1_dense"] == dense["top1_dense"]
+
+
+def test_of_several_processes_one_decomposes(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.models.mkdir()
+    torch.save(resnet("resnet20", 4).state_dict(), folders.models / "start.th")
+    monkeypatch.setattr(runner, "make_plan", lambda *given, **more: pytest.fail("planned by the other one, too"))
+    assert run(replace(TINY, method="decompose", start="start.th"), folders, processes=Processes(1, 2)) is None
+
+
+def test_processes_part_before_one_of_them_evaluates(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    monkeypatch.setattr(Processes, "part_ways", lambda self: events.append("parted"))
+    judge = runner.top1
+    monkeypatch.setattr(runner, "top1", lambda *given: events.append("judged") or judge(*given))
+    run(replace(TINY, trp=TrpConfig(every=2)), folders, lambda progress: events.append("trained"))
+    assert events == ["trained"] * 3 + ["parted"] + ["judged"] * 2
+
+
+def test_the_commit_is_that_at_the_start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = ["before"]
+    monkeypatch.setattr(runner, "commit", lambda: commits[-1])
+    assert run(replace(TINY, method="dense"), folders, lambda progress: commits.append("after"))["commit"] == "before"
+
+
+def test_a_plain_decomposition_does_not_go_into_the_folder_of_a_training(folders: Folders) -> None:
+    e = replace(TINY, training=replace(TINY.training, epochs=2), trp=TrpConfig(every=2))
+    with pytest.raises(KilledError):
+        run(e, folders, killed_in_the_second_epoch)
+    with pytest.raises(rp.RankPruneError, match="has the checkpoint of a training; take another folder"):
+        run(replace(e, method="decompose", start="start.th"), folders)
 
 
 def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Photographs of any size: where they come from, and batches of crops against PIL used by hand."""
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_decoded_pictures_are_kept_where_they_fit(photographs: Photographs, tmp_
     for path in tmp_path.rglob("*.png"):
         path.unlink()
     assert torch.equal(next(iter(kept.epoch(0)))[0], before[0])
-    with pytest.raises(OSError, match="png"):
+    with pytest.raises(rp.RankPruneError, match=r"cannot read .*png.: No such file"):
         list(few.epoch(0))
 
 
@@ -143,7 +144,7 @@ def test_large_and_small_pictures_share_the_space(tmp_path: Path) -> None:
     for path in tmp_path.rglob("*.png"):
         path.unlink()
     assert [kept.picture(data, i).size[0] for i in range(6)] == sizes[:6]
-    with pytest.raises(OSError, match="png"):
+    with pytest.raises(rp.RankPruneError, match=r"cannot read .*png.: No such file"):
         kept.picture(data, 6)
 
 
@@ -295,6 +296,20 @@ def test_a_worker_names_the_damaged_image_in_one_line(tmp_path: Path) -> None:
     batches = PhotographBatches(load_photographs(root, "train"), 2, replace(CONFIG, workers=1), 1)
     with pytest.raises(rp.RankPruneError, match=r"^'.*1\.png' is no image.*replace it$"):
         list(batches.epoch(0))
+
+
+def test_a_worker_names_the_image_that_is_gone_in_one_line(tmp_path: Path) -> None:
+    data = load_photographs(folder_of(tmp_path, "train/a/0.png"), "train")
+    next(tmp_path.rglob("0.png")).unlink()
+    with pytest.raises(rp.RankPruneError, match=r"^cannot read '.*0\.png': No such file or directory$"):
+        list(PhotographBatches(data, 1, replace(CONFIG, workers=1), 1).epoch(0))
+
+
+def test_without_pillow_its_extra_is_named_also_with_workers(photographs: Photographs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(rp.MissingExtraError, match=r"rankprune\[recipes\]"):
+        list(PhotographBatches(photographs, 1, replace(CONFIG, workers=1), 1).epoch(0))
 
 
 @pytest.mark.parametrize(

@@ -339,3 +339,36 @@ def test_distillation_out_of_range(wrong: dict) -> None:
         replace(CONFIG, **wrong)
     with pytest.raises(rp.RankPruneError, match="needs a teacher"):
         train(network(), batches(), replace(CONFIG, distill=0.5))
+
+
+class Pooled(nn.Module):
+    """Takes images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+class Growing(TrainBatches):
+    """Images of another size at each step."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (images, labels) in enumerate(super().epoch(number, start), start):
+            yield F.pad(images, (0, i, 0, i)), labels
+
+
+def test_images_of_many_sizes_are_trained_on_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        compiled.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=backend, **options))
+    data = Growing(coloured(24), 2, pad=1)
+    train(Pooled(), data, replace(CONFIG, epochs=1, compile=True, distill=0.5), teacher=Pooled())
+    assert len(compiled) == 2 * len(data) > 2 * 8

@@ -166,6 +166,11 @@ def test_a_row_without_a_reference_has_no_drop():
     assert "| 88.00 |  | 400 |" in markdown_table(overview([alone]))
 
 
+def test_other_images_are_no_other_seed():
+    runs = [result("trp", 88.0, seed, train_images=images, test_images=30) for seed, images in enumerate((48, 48, 50))]
+    assert [len(group) for group in seeds_together(runs)] == [2, 1]
+
+
 def test_rows_differ_by_what_they_had_help_from():
     taught = {"start": "a", "training": {"distill": 0.7, "seed": 3}}
     table = markdown_table(overview([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)]))

@@ -1,6 +1,7 @@
 """PyTorch itself, as it is and compiled."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,11 +34,15 @@ class Compiled(Backend):
         return eager_program(model, x, torch.compile(model, dynamic=False))
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
-        """Without the limit of programs for the same code, beyond which torch.compile runs a model as it is."""
-        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         torch._dynamo.reset()
-        with torch._dynamo.config.patch({limit: len(models) + 8}):  # type: ignore[attr-defined]
+        with programs_of_one_code(len(models) + 8):
             return super()._load_each(models, x)
+
+
+def programs_of_one_code(most: int) -> AbstractContextManager:
+    """In the block torch.compile compiles the same code so often, instead of 8 times, before it runs it as it is."""
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    return torch._dynamo.config.patch({limit: most})  # type: ignore[attr-defined]
 
 
 def eager_program(model: nn.Module, x: Inputs, run: Callable | None = None) -> Program:

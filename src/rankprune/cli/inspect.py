@@ -1,13 +1,16 @@
 """rankprune evaluate and rankprune count."""
 
+from itertools import chain
 from typing import Annotated
 
+import torch
 import typer
 
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, refuse
 from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
+from rankprune.cost import undisturbed
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
@@ -36,12 +39,20 @@ def evaluate(
     network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
     if size is None:
         images = load_images(data, split or "test")
-        batches = eval_batches(images, batch, normalize)
+        batches = iter(eval_batches(images, batch, normalize))
     else:
         images = load_photographs(data, split or "validation")
         batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
-    accuracy = top1(network, batches)
+    first = next(batches)
+    with undisturbed(network), torch.no_grad():
+        told_apart = network(first[0]).shape[1]
+    accuracy = top1(network, chain([first], batches))
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")
+    if told_apart != len(images.classes):
+        say(
+            f"the network tells {told_apart} classes apart, and these images have {len(images.classes)}, numbered by what is "
+            "there: if they are a part of its classes, their numbers are others"
+        )
 
 
 def count(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rankprune.cli.console import say, show_table
+from rankprune.cli.options import refuse
 from rankprune.report.markdown import markdown, markdown_table, replace_between_marks
 from rankprune.report.page import page
 from rankprune.report.plots import plot_results
@@ -14,6 +15,7 @@ from rankprune.report.tables import overview, tables
 
 
 def report(
+    context: typer.Context,
     results: Annotated[
         list[Path] | None, typer.Argument(help="Folders of results, or their files.", show_default="benchmarks/results")
     ] = None,
@@ -24,6 +26,8 @@ def report(
     in_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Tables of runs side by side, or all about a single one; and a page, Markdown, or pictures of the same."""
+    if not in_markdown and (html or into or plots):
+        refuse(context, "each", because="no tables are printed without --markdown")
     found = read_results(results or [Path("benchmarks/results")])
     if html is not None:
         html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")

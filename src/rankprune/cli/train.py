@@ -133,9 +133,9 @@ def bench_run(
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
     with joined() as processes, TrainingBars(experiment.training.epochs if processes.first else 0) as bars:
         result = runner.run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
-    if result is None:  # another process has it
-        return
-    path = runner.write(result, out / f"{name}.json")
+        if result is None:  # another process has it
+            return
+        path = runner.write(result, out / f"{name}.json")
     dense = (result["macs_dense"], result["params_dense"])
     rows = [("dense", result["top1_dense"], *dense)] if "top1_dense" in result else []
     if result["method"] != "dense":

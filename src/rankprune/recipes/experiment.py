@@ -91,7 +91,7 @@ class Experiment:
         path = Path(path)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RankPruneError(f"cannot read the experiment {str(path)!r}: {error}") from error
         training = _build(TrainConfig, data.pop("training", {}), path)
         trp = _build(TrpConfig, data.pop("trp", {}), path)

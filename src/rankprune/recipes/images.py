@@ -87,12 +87,14 @@ def _read_official(folder: Path, split: str) -> ImageSet:
 
 
 def _decoded(photographs: Photographs, size: int | None, source: str) -> ImageSet:
-    pictures = (photographs.picture(i) for i in range(len(photographs)))
-    pixels = [resized(picture, picture.size if size is None else (size, size)) for picture in pictures]
-    shapes = {tuple(p.shape) for p in pixels}
-    if len(shapes) > 1:
-        raise RankPruneError(
-            f"images under {source!r} differ in size ({sorted(shapes)[:3]}, ...): bring them to one size first, or train a "
-            "network for photographs, like resnet18, which takes crops of any"
-        )
+    pixels: list[Tensor] = []
+    for picture in (photographs.picture(i) for i in range(len(photographs))):
+        pixels.append(resized(picture, picture.size if size is None else (size, size)))
+        if pixels[-1].shape != pixels[0].shape:  # before thousands of photographs are decoded
+            height, width, _ = pixels[0].shape
+            raise RankPruneError(
+                f"images under {source!r} differ in size ({width} x {height} and {picture.width} x {picture.height}): "
+                "bring them to one size first, or take crops of any, by `rankprune evaluate --size` and by training a "
+                "network for photographs, like resnet18"
+            )
     return ImageSet(torch.stack(pixels), photographs.labels, photographs.classes)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Batches, Normalize
-from rankprune.recipes.photographs import Box, Photographs, resized
+from rankprune.recipes.photographs import Box, Photographs, require_pillow, resized
 
 if TYPE_CHECKING:
     from rankprune.recipes.photographs import Image
@@ -172,6 +172,7 @@ def centre_batches(
 def _loaded(
     made: _Batches, crops: Iterable[Crops], normalize: Normalize, device: str | torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    require_pillow()  # here, for an error's way out of a worker is rough
     on_gpu = torch.device(device).type == "cuda"
     loader = DataLoader(
         made,

@@ -83,7 +83,12 @@ class Photographs(Labelled):
             RankPruneError: if it is no image, or a damaged one, or not there.
         """
         number = int(self.index[i])
-        return _decode(self.encoded[number], self.encoded.name(number))
+        name = self.encoded.name(number)
+        try:
+            data = self.encoded[number]
+        except OSError as error:
+            raise RankPruneError(f"cannot read {name!r}: {error.strerror or error}") from error
+        return _decode(data, name)
 
 
 def load_photographs(source: str | Path, split: str) -> Photographs:
@@ -122,7 +127,9 @@ def load_photographs(source: str | Path, split: str) -> Photographs:
 
 def _labelled(encoded: Encoded, labels: list[int], classes: tuple[str, ...], split: str) -> Photographs:
     if min(labels) < 0:
-        raise RankPruneError(f"the split {split!r} has images without a label; take another one, like 'validation'")
+        raise RankPruneError(
+            f"the split {split!r} has images without a label; take another one, by `rankprune evaluate --split`, or label them"
+        )
     return Photographs(encoded, torch.arange(len(labels)), torch.tensor(labels), classes)
 
 
@@ -227,11 +234,22 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str]:
     return image, label
 
 
-def _decode(data: bytes, source: str) -> "Image":
+def require_pillow() -> None:
+    """Make sure that photographs can be decoded.
+
+    Raises:
+        MissingExtraError: without Pillow.
+    """
     try:
-        from PIL import Image
+        import PIL.Image  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("pillow", "recipes") from error
+
+
+def _decode(data: bytes, source: str) -> "Image":
+    require_pillow()
+    from PIL import Image
+
     try:
         picture = Image.open(io.BytesIO(data))
         if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255

@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from rankprune.errors import RankPruneError
+
+PATIENCE = timedelta(hours=3)
+"""More than it takes one process to time a network while the others wait, for a budget of latency."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,17 @@ class Processes:
         share = batch // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
+    def part_ways(self) -> None:
+        """Called by all at the same time: from here on none waits for another."""
+        if dist.is_initialized() and self.size > 1:
+            dist.destroy_process_group()
+
 
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the processes that the launcher's environment variables name, for the length of the block.
 
-    Each takes the GPU of its local rank, where there are GPUs, otherwise the CPU.
+    Each takes the GPU of its local rank, where there are GPUs, otherwise the CPU. They wait for each other for up to PATIENCE.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -50,8 +59,9 @@ def joined() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Processes(device=device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

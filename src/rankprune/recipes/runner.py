@@ -55,7 +55,14 @@ def run(
         RankPruneError: for missing data or weights, and for whatever a bad config leads to.
     """
     e, folder = experiment, folders.runs / experiment.name
+    checkpoint, begun = folder / "checkpoint.pt", provenance()
     processes = processes or Processes()
+    if e.method == "decompose":
+        if checkpoint.is_file():
+            raise RankPruneError(f"{str(folder)!r} has the checkpoint of a training; take another folder")
+        processes.part_ways()  # there is nothing to train together
+        if not processes.first:
+            return None
     _check_held_out(e, folders)
     torch.manual_seed(e.training.seed)
     data = load_data(e, folders.data, processes)
@@ -68,20 +75,25 @@ def run(
 
     model = network(e.start)
     teacher = network(e.teacher or e.start) if e.training.distill else None
+    result = _describe(e, data) | begun
+    known = _top1_of_a_run(e.reference, folders, result) if e.reference else None
+    if e.reference and known is None:
+        network(e.reference)  # what is missing is missed before the training
     x = next(data.test(batch=1))[0]
     together = next(data.test(batch=e.trp.batch or 1))[0]
-    log, plan, small, found = _train(e, model, teacher, data, together, folder / "checkpoint.pt", on_step)
+    log, plan, small, found = _train(e, model, teacher, data, together, checkpoint, on_step)
+    if e.method != "decompose":
+        processes.part_ways()
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
-    result = _describe(e, log, data) | found
+    result |= {"wall_s": round(sum(entry.seconds for entry in log), 1), "log": [asdict(entry) for entry in log], **found}
     if plan is None or small is None:
         result |= _compare(model, model, data, x, e)
         result["top1_dense"] = result["top1"]
     else:
         if e.reference:
-            known = _top1_of_a_run(e.reference, folders, result)
             result["top1_dense"] = top1(network(e.reference), data.test()) if known is None else known
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
@@ -175,7 +187,7 @@ def _check_held_out(e: Experiment, folders: Folders) -> None:
 
 
 def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> float | None:
-    """What the result of a dense run says, on the same images, where its weights are not here (but on another machine)."""
+    """What the result of a run says of its dense weights, on the same images, where they are on another machine."""
     name = source.removeprefix(RUN)
     if name == source or folders.results is None or (folders.runs / name / WEIGHTS).is_file():
         return None
@@ -184,7 +196,7 @@ def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> 
     except (OSError, ValueError):
         return None
     images = ("model", "dataset", "test_split", "test_images")
-    return there.get("top1_dense") if all(there.get(key) == result[key] for key in images) else None
+    return there.get("top1_before_decomposition") if all(there.get(key) == result[key] for key in images) else None
 
 
 def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def _rounded_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
     return {name: [float(f"{v:.3g}") for v in values] for name, values in planned_spectra(model, plan).items()}
 
 
-def _describe(e: Experiment, log: list[EpochLog], data: Data) -> dict[str, Any]:
+def _describe(e: Experiment, data: Data) -> dict[str, Any]:
     return {
         "name": e.name,
         "model": e.model,
@@ -230,15 +242,12 @@ def _describe(e: Experiment, log: list[EpochLog], data: Data) -> dict[str, Any]:
         "train_images": data.train_images,
         "test_images": data.test_images,
         "test_split": "holdout" if e.holdout else "test",
-        "wall_s": round(sum(entry.seconds for entry in log), 1),
-        "log": [asdict(entry) for entry in log],
         "config": asdict(e),
-        **provenance(),
     }
 
 
 def provenance() -> dict[str, Any]:
-    """What a result of today, here, was made with."""
+    """What a result that is begun now, here, is made with."""
     return {
         "commit": commit(),
         "versions": {

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rankprune.backends.pytorch import programs_of_one_code
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Batches
 from rankprune.recipes.objective import loss_of, taught
@@ -19,6 +20,9 @@ from rankprune.recipes.progress import EpochLog, Journal, Progress
 from rankprune.recipes.schedule import Precision, TrainConfig, learning_rate
 from rankprune.recipes.snapshot import read_snapshot, write_snapshot
 from rankprune.trp import TRP
+
+PROGRAMS = 64
+"""So many sizes of images are trained on compiled, of the network and its teacher together."""
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -58,7 +62,8 @@ def train(
         trp: attached to the optimizer for the length of the training, then detached; finalize() is left to the caller.
         teacher: the network whose answers config.distill weighs; run in eval mode, otherwise left as it is.
         checkpoint: written after every epoch, and after every config.checkpoint_steps steps of one. If it is there at the
-            start and of the same config and identity, the run goes on from it and ends as it would have ended uninterrupted.
+            start and of the same config and identity, the run goes on from it and ends as it would have ended uninterrupted,
+            in one process bit for bit.
         identity: plain values that say what is trained on what, as far as it is not in the config.
 
     Raises:
@@ -93,7 +98,7 @@ def train(
             write_snapshot(checkpoint, model, optimizer, trp, settings, journal)
 
     model.train()
-    with nullcontext() if trp is None else _attached(trp, optimizer):
+    with nullcontext() if trp is None else _attached(trp, optimizer), programs_of_one_code(PROGRAMS):
         for epoch in range(len(journal.log), config.epochs):
             begin = time.perf_counter() - journal.seconds
             losses = torch.tensor(journal.loss_sum, device=device)

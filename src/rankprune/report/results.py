@@ -71,7 +71,8 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
         config = {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
-        key = json.dumps([r["model"], r["dataset"], r["test_split"], r["method"], r["scheme"], config])
+        images = r["dataset"], r["test_split"], r.get("train_images"), r.get("test_images")
+        key = json.dumps([r["model"], *images, r["method"], r["scheme"], config])
         again = 0  # the same seed twice is two experiments, whatever they differ in
         while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
             again += 1
