@@ -411,7 +411,9 @@ def test_the_experiment_in_the_documentation_can_be_read(tmp_path: Path) -> None
     assert replace(e, name=row.stem) == Experiment.read(row)
 
 
-ROWS = sorted((Path(__file__).parent.parent / "benchmarks" / "experiments").glob("*.toml"))
+ROWS = sorted(
+    path for kind in ("experiments", "choices") for path in Path(__file__).parents[1].glob(f"benchmarks/{kind}/*.toml")
+)
 
 
 @pytest.mark.parametrize("path", ROWS, ids=[path.stem for path in ROWS])
