@@ -120,7 +120,7 @@ def folders(tmp_path: Path) -> Folders:
 
 ALWAYS = {
     *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
-    *("wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
+    *("source", "wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
     *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_batch", "ms_spread"),
 }
 DECOMPOSED = {"ranks", "plan", "spectra"}

@@ -13,7 +13,7 @@ from torch import Tensor
 import rankprune as rp
 from rankprune.recipes.batches import Normalize
 from rankprune.recipes.data import load_data
-from rankprune.recipes.experiment import Experiment
+from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.photograph_batches import (
     PhotographBatches,
     PhotographConfig,
@@ -24,6 +24,9 @@ from rankprune.recipes.photograph_batches import (
 )
 from rankprune.recipes.photographs import Photographs, load_photographs
 from rankprune.recipes.processes import Processes
+from rankprune.recipes.progress import Progress
+from rankprune.recipes.runner import run
+from rankprune.recipes.schedule import TrainConfig
 
 Image = pytest.importorskip("PIL.Image")
 RAW = Normalize((0.0,) * 3, (1 / 255,) * 3)
@@ -288,6 +291,32 @@ def test_sources_of_which_none_is_there_are_named(tmp_path: Path) -> None:
     e = Experiment("quick", model="resnet18", dataset="imagenette", batch=2, photographs=named)
     with pytest.raises(rp.RankPruneError, match="none of imagenette112, imagenette is a folder in"):
         load_data(e, tmp_path, Processes())
+
+
+def test_a_run_does_not_go_on_with_images_of_another_source(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / "large" / f"{split}-0.parquet", range(4), [0, 1, 0, 1])
+    e = Experiment(
+        "quick",
+        method="dense",
+        model="resnet18",
+        batch=2,
+        training=TrainConfig(epochs=2, compile=False),
+        photographs=replace(CONFIG, sources=("small", "large")),
+    )
+    folders = Folders(tmp_path, tmp_path, tmp_path / "runs")
+
+    def kill(progress: Progress) -> None:
+        if progress.epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(e, folders, kill)
+    (tmp_path / "large").rename(tmp_path / "small")
+    with pytest.raises(rp.CheckpointError, match=r"'source': 'large'.*'source': 'small'"):
+        run(e, folders)
+    (tmp_path / "small").rename(tmp_path / "large")
+    assert run(e, folders)["source"] == "large"
 
 
 def test_a_worker_names_the_damaged_image_in_one_line(tmp_path: Path) -> None:

@@ -22,13 +22,17 @@ Images = TypeVar("Images", bound=Labelled)
 
 @dataclass(frozen=True)
 class Data:
-    """`test(batch=b)` gives all test images in order, b at a time: images (b, 3, h, w) and labels (b,)."""
+    """`test(batch=b)` gives all test images in order, b at a time: images (b, 3, h, w) and labels (b,).
+
+    `source` is which of several sources of photographs they come from.
+    """
 
     batches: Batches
     test: Callable[..., Iterator[tuple[Tensor, Tensor]]]
     classes: int
     train_images: int
     test_images: int
+    source: str | None = None
 
 
 def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
@@ -44,16 +48,16 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
     }
     config = e.photographs
     if config is None:
-        source = folder / e.dataset if (folder / e.dataset).is_dir() else folder
-        train, test = _splits(e.holdout, partial(load_images, source), "test")
+        chosen = None
+        train, test = _splits(e.holdout, partial(load_images, _place(e.dataset, folder)), "test")
         batches: Batches = TrainBatches(train, e.batch, **options)
         test_batches = partial(eval_batches, test, device=processes.device)
     else:
-        source = _source(config, e.dataset, folder)
-        train, test = _splits(e.holdout, partial(load_photographs, source), config.test_split)
+        chosen = _source(config, folder)
+        train, test = _splits(e.holdout, partial(load_photographs, _place(chosen or e.dataset, folder)), config.test_split)
         batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
         test_batches = partial(centre_batches, test, config, device=processes.device)
-    return Data(batches, test_batches, len(train.classes), len(train), len(test))
+    return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen)
 
 
 def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:
@@ -67,13 +71,17 @@ def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tup
     return train, test
 
 
-def _source(config: PhotographConfig, dataset: str, folder: Path) -> str | Path:
-    """The first of the sources that is there; those of the hub are taken to be. Of none, the data set's folder or `folder`."""
-    for source in config.sources or (dataset,):
-        if source.startswith(HUB):
-            return source
-        if (folder / source).is_dir():
-            return folder / source
-    if config.sources:
+def _source(config: PhotographConfig, folder: Path) -> str | None:
+    """The first of the sources that is there; those of the hub are taken to be. None where none are named."""
+    there = (source for source in config.sources if source.startswith(HUB) or (folder / source).is_dir())
+    found = next(there, None)
+    if config.sources and found is None:
         raise RankPruneError(f"none of {', '.join(config.sources)} is a folder in {str(folder)!r}")
-    return folder
+    return found
+
+
+def _place(source: str, folder: Path) -> str | Path:
+    """Where a source or a data set is: on the hub, in its own folder, or in `folder` itself."""
+    if source.startswith(HUB):
+        return source
+    return folder / source if (folder / source).is_dir() else folder

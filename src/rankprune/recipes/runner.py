@@ -117,7 +117,7 @@ def _train(
     """Do what the method says: the log of the training, plan and decomposed network if there is one, and what to report."""
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     names = ("model", "dataset", "method", "start", "teacher", "holdout")
-    identity = {name: getattr(e, name) for name in names}
+    identity = {name: getattr(e, name) for name in names} | {"source": data.source}
     if e.method.startswith("decompose"):
         identity |= {"rule": repr(rule), "scheme": scheme}
     learn = partial(
@@ -242,6 +242,7 @@ def _describe(e: Experiment, data: Data) -> dict[str, Any]:
         "train_images": data.train_images,
         "test_images": data.test_images,
         "test_split": "holdout" if e.holdout else "test",
+        "source": data.source,
         "config": asdict(e),
     }
 
