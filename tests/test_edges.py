@@ -3,9 +3,13 @@
 import copy
 import sys
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +198,113 @@ def test_attaching_to_something_else_says_what_is_wanted():
     model = network()
     with pytest.raises(rp.RankPruneError, match=r"takes a torch\.optim.Optimizer, not a Sequential"):
         rp.TRP(model, rule=rp.Energy(0.9)).attach(model)
+
+
+class Bare(torch.optim.Optimizer):
+    """A wrapper that leaves out the constructor of its base class, as Lookahead of timm does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Callable | None = None) -> None:
+        self.optimizer.step(closure)
+
+
+class Sharing(Bare):
+    """One whose hooks are those of the optimizer that it steps, as in Lightning Fabric."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__ = {**vars(optimizer), "optimizer": optimizer}
+
+
+def test_a_wrapper_whose_step_runs_no_hooks_is_refused():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(rp.RankPruneError, match=r"step\(\) of this Bare runs no hooks; attach to the optimizer that it wraps"):
+        rp.TRP(model, rule=rp.Energy(0.9)).attach(Bare(optimizer))
+    wrapper = Sharing(optimizer)
+    trp = rp.TRP(model, rule=rp.Energy(0.9)).attach(wrapper)
+    step(model, wrapper)
+    assert trp.steps == 1
+
+
+def test_a_step_captured_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.TRP(model, rule=rp.Energy(0.9)).attach(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(rp.RankPruneError, match="captured in a CUDA graph"):
+        step(model, optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    step(model, optimizer)
+    assert trp.steps == 1
+
+
+@dataclass(frozen=True)
+class Own(rp.ranks.RankRule):
+    """A user's rule that chooses the same for the first layer whatever it is asked."""
+
+    scheme: str
+    rank: Any
+    layer: str = "0"
+
+    def choose(self, layers: Mapping, network: object) -> dict[str, rp.ranks.Choice]:
+        return {self.layer: rp.ranks.Choice(self.scheme, self.rank)}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Own("linear", 17), Own("linear", 0), Own("linear", -1), Own("linear", 2.0), Own("spatial", 2), Own("linear", 2, "9")],
+)
+def test_a_rule_of_ones_own_is_held_to_what_it_could_choose(rule: Own):
+    with pytest.raises(rp.RankPruneError, match=rf"Own\(.*chose {rule.scheme} at rank {rule.rank} for layer '{rule.layer}'"):
+        rp.make_plan(network(), rule=rule)
+
+
+def test_a_rule_of_ones_own_may_count_as_numpy_does():
+    plan = rp.make_plan(network(), rule=Own("linear", np.int64(3)))
+    assert plan.ranks == {"0": 3}
+    assert rp.Plan.from_json(plan.to_json()) == plan
+
+
+def test_hooks_that_came_after_the_plan_are_not_lost_in_silence():
+    model = network()
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    model[2].register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.warns(UserWarning, match="layers 2 have got hooks since the plan was made"):
+        rp.decompose(model, plan)
+
+
+def test_what_cannot_be_saved_leaves_the_older_artefact_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    small = rp.decompose(model, plan)
+    rp.save(tmp_path, small, plan)
+    other = rp.decompose(network(), plan)
+    monkeypatch.setattr(rp.Plan, "to_json", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rp.save(tmp_path, other, plan)
+    assert torch.equal(rp.load(tmp_path, network())(X), small(X))
+    monkeypatch.undo()
+    rp.save(tmp_path, other, plan)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "rankprune.json"]
+
+
+def test_a_convolution_built_with_numpys_numbers_can_be_saved(tmp_path: Path):
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=np.int64(1)), nn.Conv2d(16, 16, 3, stride=tuple(np.array([2, 2]))))
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), include=["1"])
+    small = rp.decompose(model, plan)
+    rp.save(tmp_path, small, plan)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(
+        rp.load(tmp_path, nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2)))(x), small(x)
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

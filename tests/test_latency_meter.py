@@ -242,6 +242,21 @@ def test_networks_that_look_alike_are_other_networks() -> None:
     assert narrow != meter._described(plain, x)
 
 
+def test_networks_that_differ_in_the_code_of_their_forward_only_are_told_apart() -> None:
+    def kind(forward: Any) -> type[nn.Module]:
+        return type("Net", (nn.Sequential,), {"forward": forward})
+
+    def once(self: nn.Sequential, x: Tensor) -> Tensor:
+        return self[0](x)
+
+    def sorted_first(self: nn.Sequential, x: Tensor) -> Tensor:
+        return self[0](x.sort().values)
+
+    x = torch.randn(2, 8)
+    first, again, other = (kind(forward)(nn.Linear(8, 8)) for forward in (once, once, sorted_first))
+    assert meter._described(first, x) == meter._described(again, x) != meter._described(other, x)
+
+
 def test_a_model_that_was_moved_is_timed_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     class Here(own_clock.Timeless):
         cpu_only = True

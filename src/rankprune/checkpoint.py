@@ -1,6 +1,7 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
     if folder.is_file():
         raise CheckpointError(f"{str(folder)!r} is a file; give a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
-    aliases = save_tensors(folder / _WEIGHTS, model)
+    drafts = {name: folder / f"{name}.part" for name in (_WEIGHTS, _HEAD)}  # what fails leaves an older artefact whole
+    aliases = save_tensors(drafts[_WEIGHTS], model)
     head = {
         "format": FORMAT,
         "architecture": type(model).__name__,
@@ -57,7 +59,9 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         "buffers": _unsaved_buffers(model),
         "plan": json.loads(plan.to_json()),
     }
-    (folder / _HEAD).write_text(json.dumps(head, indent=1))
+    drafts[_HEAD].write_text(json.dumps(head, indent=1))
+    for name, draft in drafts.items():
+        os.replace(draft, folder / name)
 
 
 def save_tensors(path: str | Path, model: nn.Module, notes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -162,7 +166,7 @@ def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What tensors do not tell of each convolution: stride, padding and the like, as JSON gives them back."""
     fields = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Convolution)}
-    return {name: json.loads(json.dumps({f: getattr(m, f) for f in fields})) for name, m in convolutions.items()}
+    return {name: json.loads(json.dumps({f: getattr(m, f) for f in fields}, default=int)) for name, m in convolutions.items()}
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, str]:

@@ -175,7 +175,8 @@ def count(model: nn.Module, x: Inputs) -> Count:
             stack.enter_context(_watched(module, read))
         stack.enter_context(uncompiled(model))
         stack.enter_context(_without_gradients(model))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if all(p.device.type == "cpu" for p in model.parameters()):  # whose own kernels the counter does not know
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(counter)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks

@@ -1,5 +1,6 @@
 """Replace each planned layer by its pair of thin ones, in a copy of the model."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from rankprune import linalg
 from rankprune.calibration import whitened, whitenings
 from rankprune.cost import Inputs
-from rankprune.layers import unwrap
+from rankprune.layers import has_hooks, unwrap
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules
 from rankprune.replacement import with_pairs
@@ -30,6 +31,9 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
         RankPruneError: if the plan does not fit the model, or calibration is empty.
         FactorizationError: if a weight is not finite.
 
+    Warns:
+        UserWarning: if planned layers have hooks, which they lose.
+
     >>> from rankprune.planner import make_plan
     >>> from rankprune.ranks import FixedRank
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
@@ -44,6 +48,10 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     """
     model = unwrap(model)
     modules = planned_modules(model, plan.decomposed)
+    if hooked := [name for name, module in modules.items() if has_hooks(module)]:
+        warnings.warn(
+            f"layers {', '.join(hooked[:3])} have got hooks since the plan was made; their pairs lose them", stacklevel=2
+        )
     keys = [(name, entry.scheme or "") for name, entry in plan.decomposed.items()]
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}
     pairs = {}

@@ -121,6 +121,11 @@ def _holds_matrix(module: nn.Module) -> bool:
     return is_packed(module) or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after its forward or backward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_packed(module: nn.Module) -> bool:
     """Whether it is a quantized layer, which keeps its weight behind a method. Computes no weight that is parametrized."""
     return inspect.isfunction(inspect.getattr_static(type(module), "weight", None))
@@ -167,7 +172,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return "its weight is on the meta device and holds no values"
     if weight.numel() == 0:
         return "its weight is empty"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "it has forward or backward hooks, which a replacement would lose"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"

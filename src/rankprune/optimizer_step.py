@@ -10,6 +10,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankprune.distributed import is_sharded
+from rankprune.errors import RankPruneError
+
+
+def runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether its step runs hooks: torch makes it so where Optimizer's constructor ran, which some wrappers leave out.
+
+    Lightning Fabric's wrapper shares its hooks with the optimizer that it steps.
+    """
+    if getattr(type(optimizer).step, "hooked", False):
+        return True
+    hooks, inner = vars(optimizer).get("_optimizer_step_pre_hooks"), getattr(optimizer, "optimizer", None)
+    return hooks is not None and isinstance(inner, Optimizer) and vars(inner).get("_optimizer_step_pre_hooks") is hooks
+
+
+def refuse_capture() -> None:
+    """Make sure that this step is not being captured in a CUDA graph, which replays it without any hook.
+
+    Raises:
+        RankPruneError: if it is.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RankPruneError(
+            "a step that is captured in a CUDA graph is replayed without TRP: capture forward and backward, and step outside"
+        )
 
 
 def overflowed(optimizer: Optimizer) -> bool:
@@ -23,15 +47,18 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     if not all(_is_zero(group.get("lr", 1.0)) for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return all(gradient.layout == torch.strided and not gradient.count_nonzero() for gradient in map(_local, gradients))
+    return all(gradient.layout == torch.strided and _is_nothing(gradient) for gradient in gradients)
 
 
 def _is_zero(lr: float | Tensor) -> bool:
     return lr == 0 if not isinstance(lr, Tensor) else lr.device.type == "cpu" and not lr
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
+def _is_nothing(gradient: Tensor) -> bool:
+    """Whether it is zero everywhere, on all processes that have shards of it: some may have none."""
+    if is_sharded(gradient):
+        return not gradient.abs().sum().full_tensor()  # type: ignore[attr-defined]
+    return not gradient.count_nonzero()
 
 
 class Outermost:

@@ -1,5 +1,6 @@
 """From a model to a Plan: let the rule choose by the spectra of its layers and by what they cost."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -164,7 +165,8 @@ class Planner:
             for name, options in self.survey.options.items()
         }
         network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
-        return candidates, rule.choose(candidates, network)
+        chosen = rule.choose(candidates, network)
+        return candidates, {name: _checked(rule, name, candidates.get(name, ()), choice) for name, choice in chosen.items()}
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self.survey.dense[name]
@@ -182,6 +184,25 @@ class Planner:
             ms_before=_in_ms(chosen.dense.ns),
             ms_after=None if chosen.pair_ns is None else _in_ms(chosen.pair_ns[choice.rank]),
         )
+
+
+def _checked(rule: RankRule, name: str, candidates: Sequence[Candidate], choice: Choice) -> Choice:
+    """What a rule chose for a layer, its rank as a plain number.
+
+    Raises:
+        RankPruneError: if it is none of what it could choose; a rule may be the user's own.
+    """
+    if choice.scheme is None or choice.rank is None:
+        return choice
+    known = {c.scheme: c.full_rank for c in candidates}
+    try:
+        rank = operator.index(choice.rank)
+        if 1 <= rank <= known[choice.scheme]:
+            return replace(choice, rank=rank)
+    except (TypeError, KeyError):
+        pass
+    could = ", ".join(f"{scheme} at ranks 1 to {full}" for scheme, full in known.items()) or "nothing, for it was not asked"
+    raise RankPruneError(f"{rule!r} chose {choice.scheme} at rank {choice.rank!r} for layer {name!r}; it could choose {could}")
 
 
 def make_plan(

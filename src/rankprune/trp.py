@@ -15,7 +15,16 @@ from rankprune.distributed import Team, is_sharded, reshard
 from rankprune.errors import RankPruneError
 from rankprune.iteration import LowRankIteration
 from rankprune.layers import unwrap
-from rankprune.optimizer_step import Outermost, add_to_gradients, after_closure, has_closure, is_rehearsal, overflowed
+from rankprune.optimizer_step import (
+    Outermost,
+    add_to_gradients,
+    after_closure,
+    has_closure,
+    is_rehearsal,
+    overflowed,
+    refuse_capture,
+    runs_hooks,
+)
 from rankprune.plan import Plan
 from rankprune.planner import Planner
 from rankprune.ranks import RankRule
@@ -123,8 +132,9 @@ class TRP:
         processes the first one does that while the others wait, so the time-out of their group must be longer than it takes.
 
         Raises:
-            RankPruneError: if `optimizer` is none, if already attached, if another TRP on this optimizer has some of the same
-                layers, if the optimizer does not hold their weights, or if a budget of latency cannot be met.
+            RankPruneError: if `optimizer` is none, or a wrapper whose step runs no hooks, if already attached, if another TRP
+                on this optimizer has some of the same layers, if the optimizer does not hold their weights, or if a budget of
+                latency cannot be met.
                 Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
             MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
         """
@@ -132,6 +142,11 @@ class TRP:
             raise RankPruneError(
                 f"attach() takes a torch.optim.Optimizer, not a {type(optimizer).__name__}; a wrapper holds one, "
                 "often as .optimizer"
+            )
+        if not runs_hooks(optimizer):
+            raise RankPruneError(
+                f"the step() of this {type(optimizer).__name__} runs no hooks; attach to the optimizer that it wraps, often "
+                "held as .optimizer"
             )
         if self.attached:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
@@ -179,6 +194,7 @@ class TRP:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._outermost.enter():
             return None
+        refuse_capture()
         self._counts = not overflowed(optimizer) and (has_closure(args, kwargs) or not is_rehearsal(optimizer))
         if not self._counts:
             return None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -207,9 +208,27 @@ def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
     after = [_plain_attributes(module) for module in model.modules()]
     parts = [a for a, b in zip(before, after, strict=True) if a == b]  # a module may count its calls
+    code = [_code(function) for kind_of in {type(m): None for m in model.modules()} for function in _own_functions(kind_of)]
     numerics = _numerics(next((p.device.type for p in model.parameters()), "cpu"))
-    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {inputs} {numerics} {more}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {code} {inputs} {numerics} {more}".encode()).hexdigest()[:16]
     return f"{type(model).__name__} {digest} on {list(shapes(x))}"
+
+
+def _own_functions(kind: type) -> Iterator[FunctionType]:
+    """Those of a type of module and its bases, but for torch's own: a network's forward may compute what no repr shows."""
+    for base in kind.__mro__:
+        if not base.__module__.startswith("torch."):
+            yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
+
+
+def _code(function: FunctionType) -> str:
+    """What a function does, as text, without where it stands."""
+
+    def told(code: CodeType) -> list[Any]:
+        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)]
+        return [code.co_code.hex(), code.co_names, constants]
+
+    return str(told(function.__code__))
 
 
 def _numerics(device: str) -> str:
