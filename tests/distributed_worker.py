@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import rankprune as rp
 from distributed_latency import latency, latency_sharded
@@ -201,6 +202,20 @@ def fail() -> None:
     print(f"process {rank} was told", flush=True)
 
 
+def warm_up() -> None:
+    """A first step at a learning rate of 0 counts on all processes, also where one has no shard of what has a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 1))
+    nn.init.zeros_(model[2].weight)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trp = rp.TRP(model, rule=rp.FixedRank(2), every=1).attach(optimizer)
+    (model(torch.ones(4, 16)) - 1).square().mean().backward()
+    model[2].bias.grad = None
+    optimizer.step()
+    assert trp.steps == 1, f"process {dist.get_rank()} counted {trp.steps}"
+
+
 def die() -> None:
     """One process is gone in the middle of a training."""
     model = nn.parallel.DistributedDataParallel(network())
@@ -223,6 +238,7 @@ if __name__ == "__main__":
         "recipe": recipe,
         "recipe-killed": recipe_killed,
         "plan-once": plan_once,
+        "warm-up": warm_up,
         "without-scatter": without_scatter,
         "resume-ddp": lambda: resume("ddp"),
         "resume-fsdp": lambda: resume("fsdp-mixed"),
