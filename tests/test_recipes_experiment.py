@@ -209,7 +209,7 @@ def test_finetuning_goes_on_with_the_plan_it_began_with(folders: Folders, monkey
     result = run(begun, folders)
     assert min(result["ranks"].values()) > 1
     assert set(run(replace(begun, name="other"), folders)["ranks"].values()) == {1}
-    assert set(run(replace(begun, method="decompose"), folders)["ranks"].values()) == {1}, "which trains nothing"
+    assert set(run(replace(begun, name="plain", method="decompose"), folders)["ranks"].values()) == {1}, "which trains nothing"
 
 
 def test_a_network_under_a_budget_of_latency_is_timed_on_the_batch_of_the_budget(
