@@ -39,13 +39,13 @@ def evaluate(
     network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
     if size is None:
         images = load_images(data, split or "test")
-        batches = iter(eval_batches(images, batch, normalize))
+        batches = eval_batches(images, batch, normalize)
     else:
         images = load_photographs(data, split or "validation")
         batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
     first = next(batches)
     with undisturbed(network), torch.no_grad():
-        told_apart = network(first[0]).shape[1]
+        told_apart = network(first[0][:1]).shape[1]
     accuracy = top1(network, chain([first], batches))
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")
     if told_apart != len(images.classes):

@@ -77,13 +77,11 @@ def run(
     teacher = network(e.teacher or e.start) if e.training.distill else None
     result = _describe(e, data) | begun
     known = _top1_of_a_run(e.reference, folders, result) if e.reference else None
-    if e.reference and known is None:
-        network(e.reference)  # what is missing is missed before the training
+    reference = network(e.reference) if e.reference and known is None else None  # missed before the training, if missing
     x = next(data.test(batch=1))[0]
     together = next(data.test(batch=e.trp.batch or 1))[0]
     log, plan, small, found = _train(e, model, teacher, data, together, checkpoint, on_step)
-    if e.method != "decompose":
-        processes.part_ways()
+    processes.part_ways()
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +92,7 @@ def run(
         result["top1_dense"] = result["top1"]
     else:
         if e.reference:
-            result["top1_dense"] = top1(network(e.reference), data.test()) if known is None else known
+            result["top1_dense"] = known if reference is None else top1(reference, data.test())
         save(folder / "artefact", small, plan)
         small = load(folder / "artefact", network())
         result |= _compare(model, small, data, x, e) | {"ranks": plan.ranks, "plan": json.loads(plan.to_json())}

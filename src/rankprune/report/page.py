@@ -184,7 +184,7 @@ def _tiles(r: Result) -> list[Element]:
         change = f"{tables.times(slow, fast)} {'faster' if r['ms'] == fast else 'slower'}"
         tiles.append(
             tile(
-                f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}",
+                tables.timed_on(r),
                 change,
                 f"{r['ms']:.1f}, dense {r['ms_dense']:.1f}",
             )

@@ -43,8 +43,9 @@ def tables(results: Sequence[Result], each: bool = False) -> list[Table]:
     """
     if len(results) == 1:
         return [overview(results), *run_tables(results[0])]
-    named = [replace(table, title=f"{r['name']}: {table.title}") for r in in_order(results) for table in run_tables(r)]
-    return [overview(results), *ranks_together(results), *(named if each else ())]
+    runs = in_order(results) if each else []
+    named = [replace(table, title=f"{r['name']}: {table.title}") for r in runs for table in run_tables(r)]
+    return [overview(results), *ranks_together(results), *named]
 
 
 def run_tables(r: Result) -> list[Table]:
@@ -136,9 +137,7 @@ def figures(r: Result) -> Table:
     """Accuracy, MACs and parameters, dense and decomposed."""
     if r["method"] == "dense":
         rows = [("top-1", f"{r['top1']:.2f} %"), ("MACs", f"{r['macs']:,}"), ("params", f"{r['params']:,}")]
-        rows += (
-            [(f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}", f"{r['ms']:.1f}")] if is_timed(r) else []
-        )
+        rows += [(timed_on(r), f"{r['ms']:.1f}")] if is_timed(r) else []
         return Table("Figures", ("", "dense"), rows)
     dense = f"{r['top1_dense']:.2f}" if "top1_dense" in r else ""
     drop = f"{r['top1_dense'] - r['top1']:.2f} points lost" if "top1_dense" in r else ""
@@ -164,6 +163,11 @@ def latency(r: Result) -> Table:
     note = "Medians; spread: the larger of the two interquartile ranges, of its median. Predicted where ranks go by time."
     columns = ("runtime", "batch", "dense ms", "decomposed ms", "faster", "predicted", "spread")
     return Table("Latency", columns, [row], note=f"{where}. {note}" if where else note)
+
+
+def timed_on(r: Result) -> str:
+    """What milliseconds are of."""
+    return f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}"
 
 
 def machine(r: Result) -> str:
