@@ -6,8 +6,8 @@ Takes a finished run of the recipes: its dense.safetensors of the reference run 
     RANKPRUNE_DATA=... python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +28,17 @@ from rankprune.rules import parse_rule
 from rankprune.timing import spread, time_together
 
 SEED, BATCH, CALIBRATION, ROUND_TO, ROUNDS = 0, 64, 512, 16, 31
+
+
+def run_of(description: str | None) -> tuple[Experiment, Folders]:
+    """The finished run that the command line names, and the folders it is in."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path, help="its TOML file")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    options = parser.parse_args()
+    e = Experiment.read(options.experiment)
+    return e if options.seed is None else e.with_seed(options.seed), Folders.from_environment(options.runs)
 
 
 def trained(e: Experiment, folders: Folders) -> tuple[nn.Module, nn.Module, list[Tensor]]:
@@ -70,7 +81,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write the result."""
-    e, folders = Experiment.read(Path(sys.argv[1])), Folders.from_environment(*map(Path, sys.argv[2:3]))
+    e, folders = run_of(__doc__)
     test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH))[:-1]  # whole batches
     dense, small, calibration = trained(e, folders)
     found = []
@@ -85,7 +96,12 @@ def main() -> None:
     untrained = [row for row, _ in rows(wide, rp.decompose(wide, plan), photographs)]
     for row in untrained:
         show(row)
-    config = {"experiment": e.name, "test_images": len(test) * BATCH, "calibration_images": CALIBRATION, "batch": BATCH}
+    config = {
+        "experiment": e.name,
+        "test_images": len(test) * BATCH,
+        "calibration_images": CALIBRATION,
+        "batch": BATCH,
+    }
     config |= {"rounds": ROUNDS, "resnet18_224": {"rule": e.trp.rule, "scheme": "spatial", "round_to": ROUND_TO}}
     of_wide = {"macs_dense": plan.macs_dense, "macs": plan.macs, "rows": untrained}
     result = {"benchmark": "int8", "config": config, "seed": SEED, "rows": found, **costs, "resnet18_224": of_wide}

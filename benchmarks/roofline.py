@@ -11,7 +11,6 @@ and int8. All forms of a network are run in turn.
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from int8 import trained
+from int8 import run_of, trained
 from torch import Tensor
 
 import rankprune as rp
@@ -153,10 +152,10 @@ def photographs(folder: Path, name: str) -> Forms:
     return forms
 
 
-def small_images(folder: Path, experiment: Path) -> Forms:
+def small_images(folder: Path, e: Experiment, folders: Folders) -> Forms:
     """The trained ResNet-20, dense and decomposed, in float32 and int8."""
-    e, forms = Experiment.read(experiment), {}
-    dense, small, calibration = trained(e, Folders.from_environment())
+    forms = {}
+    dense, small, calibration = trained(e, folders)
     for text, network in {"dense": dense.eval(), "decomposed": small.eval()}.items():
         file, quantised = folder / f"{text}.onnx", folder / f"{text}-int8.onnx"
         rp.export_onnx(network, calibration[0], file)
@@ -169,13 +168,14 @@ def small_images(folder: Path, experiment: Path) -> Forms:
 def main() -> None:
     """Measure, print, and write the result."""
     torch.manual_seed(SEED)
-    rows, experiment = [], Path(sys.argv[1])
+    rows: list[dict[str, Any]] = []
+    e, folders = run_of(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         makers = (
             partial(photographs, name="resnet18"),
             partial(photographs, name="resnet50"),
-            partial(small_images, experiment=experiment),
+            partial(small_images, e=e, folders=folders),
         )
         for maker in makers:
             forms = maker(folder)
@@ -190,7 +190,7 @@ def main() -> None:
                 for kind in kinds:
                     share = f"{kind['macs'] / kind['ms'] / 1e6 / rate['macs_per_ns']:.0%}" if kind["macs"] else ""
                     print(f"  {kind['kind']:28} {kind['count']:3} {kind['ms']:7.2f} ms {kind['least_ms']:7.2f} {share}")
-    config = {"experiment": experiment.stem, "warm_up": WARM_UP, "calls": CALLS}
+    config = {"experiment": e.name, "warm_up": WARM_UP, "calls": CALLS}
     write({"benchmark": "roofline", "config": config, "seed": SEED, "rows": rows, **provenance()}, RESULT)
 
 
