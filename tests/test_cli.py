@@ -241,6 +241,14 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, 
     assert len(error.splitlines()) == 1
 
 
+def test_weights_in_half_precision_are_evaluated_as_others_are(tmp_path, checkpoint, images):
+    state = torch.load(checkpoint)["state_dict"]
+    torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pth")
+    said = [invoke("evaluate", *MODEL, "--checkpoint", str(tmp_path / "half.pth"), "--data", str(images))]
+    said.append(invoke("evaluate", *MODEL, "--checkpoint", str(checkpoint), "--data", str(images)))
+    assert said[0] == said[1]
+
+
 def test_an_error_of_several_lines_is_put_into_one(monkeypatch, capsys, tmp_path):
     (tmp_path / "raising.py").write_text("def build():\n    raise RuntimeError('one\\n  two')\n")
     monkeypatch.chdir(tmp_path)

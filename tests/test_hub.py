@@ -136,6 +136,26 @@ def test_a_card_without_a_builder_leaves_the_model_to_the_reader(tmp_path: Path)
     assert isinstance(found["model"].conv, nn.Sequential)
 
 
+@dataclass(eq=False)
+class AsDataclass(nn.Module):
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, self.width), nn.Linear(self.width, self.width), nn.Linear(self.width, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_a_builder_may_be_a_dataclass(tmp_path: Path) -> None:
+    dense = AsDataclass(32)
+    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
+    low = LowRank(rp.decompose(dense, plan), plan, builder=AsDataclass, arguments={"width": 32})
+    low.save_pretrained(tmp_path / "out")
+    same(LowRank.from_pretrained(tmp_path / "out", AsDataclass).model, low.model)
+
+
 def test_a_plan_without_macs_has_a_card_without(tmp_path: Path) -> None:
     dense = toy.Net()
     plan = rp.make_plan(dense, rule=rp.FixedRank(2))
@@ -153,12 +173,26 @@ def test_a_push_uploads_what_is_saved_and_a_download_loads_it(hub: Hub, tmp_path
     assert hub.files.keys() == FILES
     assert 'from_pretrained("me/small", Net)' in hub.files["README.md"].decode()
 
-    hub.files |= {"pytorch_model.bin": b"a pickle", "evil.py": b"print()"}
+    hub.files.update({"pytorch_model.bin": b"a pickle", "evil.py": b"print()"})
     back = LowRank.from_pretrained("me/small", Net, cache_dir=cache, token=False)
     same(back.model, low.model)
     (snapshot,) = (cache / "models--me--small" / "snapshots").iterdir()
     assert names(snapshot) == FILES
     same(rp.load(snapshot, Net(**ARGUMENTS)), low.model)
+
+
+def test_a_branch_of_a_private_repository(hub: Hub, tmp_path: Path) -> None:
+    low, other = shared(), shared(builder=None)
+    low.push_to_hub("me/small", token="hf_mine", branch="v1", private=True)
+    assert [(made["name"], made["visibility"]) for made in hub.created] == [("small", "private")]
+    assert hub.tokens["/api/models/me/small/commit/v1"] == "hf_mine"
+    assert not hub.files, "nothing went to the main branch"
+    other.push_to_hub("me/small", token="hf_mine")
+    back = LowRank.from_pretrained("me/small", Net, revision="v1", token="hf_yours", cache_dir=tmp_path)
+    same(back.model, low.model)
+    assert (back.builder, hub.tokens["/api/models/me/small/revision/v1"]) == ("shareable:Net", "hf_yours")
+    assert 'from_pretrained("me/small", Net, revision="v1").model' in hub.branches["v1"]["README.md"].decode()
+    assert 'from_pretrained("me/small", dense).model' in hub.files["README.md"].decode()
 
 
 @pytest.mark.parametrize("environment", [False, True], ids=["local_files_only", "HF_HUB_OFFLINE"])

@@ -82,6 +82,7 @@ def test_a_damaged_folder_is_refused(file: str, content: str | None, message: st
         ({"results": {"top-1 %": (1.0,)}}, r"results\['top-1 %'\]=\(1\.0,\): give two numbers"),
         ({"results": {"top-1 %": (1.0, None)}}, r"give two numbers"),
         ({"results": {"top-1 %": ("1", 2.0)}}, r"give two numbers"),
+        ({"results": {"loss": (None, float("nan"))}}, r"give two numbers"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(more: dict[str, Any], message: str) -> None:

@@ -50,8 +50,9 @@ def test_weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = resnet18()
     load_weights(model, "torchvision:ResNet18_Weights.IMAGENET1K_V1", tmp_path, tmp_path)
     exactly_same(model, published)
-    with pytest.raises(rp.RankPruneError, match=r"cannot get the weights 'ResNet18_Weights\.OTHER' from torchvision"):
-        load_weights(model, "torchvision:ResNet18_Weights.OTHER", tmp_path, tmp_path)
+    for unknown in ("ResNet18_Weights.OTHER", "resnet18.IMAGENET1K_V1"):
+        with pytest.raises(rp.RankPruneError, match=f"cannot get the weights '{unknown}' from torchvision"):
+            load_weights(model, f"torchvision:{unknown}", tmp_path, tmp_path)
     with pytest.raises(rp.CheckpointError, match=r"fc\.weight has shape \(1000, 512\) instead of \(10, 512\)"):
         load_weights(build("resnet18", 10), "torchvision:ResNet18_Weights.IMAGENET1K_V1", tmp_path, tmp_path)
 
@@ -72,3 +73,10 @@ def test_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     exactly_same(model, published)
     with pytest.raises(rp.RankPruneError, match="cannot get the weights 'resnet_of_nobody' from timm"):
         load_weights(model, "timm:resnet_of_nobody", tmp_path, tmp_path)
+
+
+def test_weights_in_half_precision_are_trained_on_in_float32(tmp_path: Path) -> None:
+    torch.save(build("resnet20", 10).half().state_dict(), tmp_path / "half.pth")
+    model = build("resnet20", 10)
+    load_weights(model, "half.pth", tmp_path, tmp_path)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32, torch.int64}

@@ -50,7 +50,8 @@ def folders(tmp_path: Path) -> Folders:
 
 ALWAYS = {
     *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
-    *("source", "wall_s", "log", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "macs_dense", "params_dense"),
+    *("source", "test_digest", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "wall_s", "log"),
+    *("macs_dense", "params_dense"),
     *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_batch", "ms_spread"),
 }
 DECOMPOSED = {"ranks", "plan", "spectra"}
@@ -168,10 +169,25 @@ def test_of_a_reference_run_elsewhere_the_result_is_enough(folders: Folders, tmp
     path = write(dense | {"test_images": 29}, tmp_path / "results" / "dense.json")
     with pytest.raises(rp.RankPruneError, match="run that experiment first"):  # of other images
         run(e, folders)
+    write(dense | {"test_digest": 1}, path)
+    with pytest.raises(rp.RankPruneError, match="run that experiment first"):  # encoded in another way
+        run(e, folders)
     write(dense | {"method": "trp", "top1_dense": 1.0, "top1_before_decomposition": 2.0}, path)
     assert run(e, folders)["top1_dense"] == 2.0, "of the weights that are not here"
     write(dense, path)
     assert run(e, folders)["top1_dense"] == dense["top1_dense"]
+
+
+def test_a_reference_elsewhere_was_tested_on_the_same_part_of_the_same_photographs(tmp_path: Path) -> None:
+    folders = Folders(tmp_path, tmp_path, tmp_path / "runs", tmp_path)
+    photographs = {"test_resize": 146, "test_size": 128, "sizes": [96]}
+    here = {"model": "resnet18", "dataset": "d", "test_split": "test", "test_images": 9, "source": "a", "test_digest": None}
+    here["config"] = {"photographs": photographs}
+    there = here | {"top1_before_decomposition": 70.0, "config": {"photographs": photographs | {"sizes": [64]}}}
+    others = [{"source": "b"}, {"config": {"photographs": photographs | {"test_size": 112}}}, {"config": {}}]
+    for change, found in [({}, 70.0), *((other, None) for other in others)]:
+        write(there | change, tmp_path / "dense.json")
+        assert runner._top1_of_a_run("run:dense", folders, here) == found, change
 
 
 def test_of_several_processes_one_decomposes(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +240,23 @@ def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
     write({"config": config}, path)
     weights.unlink()  # as in a fresh clone
     assert not finished(TINY, path, tmp_path)
+
+
+def test_a_run_killed_while_it_is_judged_is_not_finished(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = replace(TINY, method="dense")
+    path = write(run(e, replace(folders, runs=folders.runs / "elsewhere")), folders.runs / "tiny.json")
+
+    def killed(*given: object) -> float:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "top1", killed)
+        with pytest.raises(KilledError):
+            run(e, folders)
+    assert not finished(e, path, folders.runs), "the result that is there is of other weights"
+    assert [file.name for file in (folders.runs / "tiny").iterdir()] == ["checkpoint.pt"]
+    run(e, folders)
+    assert finished(e, path, folders.runs)
 
 
 def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:

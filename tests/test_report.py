@@ -11,7 +11,7 @@ from example_results import WICKED, decomposed, every_kind_of_run
 from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
-from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks
+from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, with_note
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
 from rankprune.report.results import read_results, seeds_together, told_apart
 from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
@@ -48,6 +48,31 @@ def test_seeds_have_their_costs_averaged_too():
     costs = [{"macs": 400, "params": 50, "ms": 5.0}, {"macs": 200, "params": 30, "ms": 3.0}]
     table = markdown_table(overview([result("trp", 88.0, seed, **cost) for seed, cost in enumerate(costs)]))
     assert "| 88.00 ± 0.00 | 2.00 ± 0.00 | 300 | 3.33x | 40 | 2.50x | 4.0 | 2.50x |" in table
+
+
+def test_times_of_several_machines_are_neither_averaged_nor_taken_for_one():
+    machines = [{"cpu": "one", "threads": 2}, {"cpu": "two", "threads": 1}, {"cpu": "one", "threads": 2}]
+    seeds = [result("trp", 88.0, i, ms=ms, **m) for i, (ms, m) in enumerate(zip((4.0, 9.0, 6.0), machines, strict=True))]
+    table = overview([*seeds, result("ours", 89.0, **machines[1])])
+    assert {row[1]: row[-2:] for row in table.rows} == {"trp": ("5.0 (B)", "2.00x"), "ours": ("5.0 (A)", "2.00x")}
+    assert table.note.endswith("ms: A on two, 1 thread; B on one, 2 threads.")
+    assert overview(seeds).rows[0][-2:] == ("5.0", "2.00x")
+    untimed = {k: v for k, v in result("trp", 88.0, 3).items() if k not in ("ms", "ms_dense")}
+    assert overview([untimed, *seeds]).rows[0][-2:] == ("5.0", "2.00x"), "by the seeds that are timed"
+
+
+def test_a_training_that_decomposed_nothing_says_so():
+    bare = {**decomposed("a", "trp", "channel", 88.0), "ranks": {}, "spectra": {"before": {}, "after": {}}}
+    bare["log"] = [{**entry, "ranks": {}} for entry in bare["log"]]
+    notes = {table.title: table.note for table in run_tables(bare) if not table.rows}
+    assert notes["Ranks over training"] == notes["Spectra"] == "No layer was decomposed."
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_result_holds_numbers_only(tmp_path, number):
+    (tmp_path / "a.json").write_text(json.dumps(result("trp", 88.0)).replace("88.0", number))
+    with pytest.raises(rp.RankPruneError, match=f"is not JSON .{number} is no number"):
+        read_results([tmp_path / "a.json"])
 
 
 def test_the_time_that_training_waited_for_images_is_told():
@@ -169,6 +194,7 @@ def test_a_row_without_a_reference_has_no_drop():
 def test_other_images_are_no_other_seed():
     runs = [result("trp", 88.0, seed, train_images=images, test_images=30) for seed, images in enumerate((48, 48, 50))]
     assert [len(group) for group in seeds_together(runs)] == [2, 1]
+    assert [len(group) for group in seeds_together([runs[0], runs[1] | {"source": "elsewhere"}])] == [1, 1]
 
 
 def test_rows_differ_by_what_they_had_help_from():
@@ -248,7 +274,7 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 
 def test_the_readme_shows_the_table_of_the_committed_results():
-    table = markdown_table(overview(read_results([ROOT / "benchmarks" / "results"])))
+    table = with_note(overview(read_results([ROOT / "benchmarks" / "results"])))
     assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text(), "run: rankprune report --into README.md"
 
 

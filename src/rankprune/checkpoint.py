@@ -1,7 +1,6 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from rankprune.cost import parameter_count
 from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
+from rankprune.files import draft_of
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
 from rankprune.schemes.base import Convolution
@@ -49,19 +49,17 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
     if folder.is_file():
         raise CheckpointError(f"{str(folder)!r} is a file; give a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
-    drafts = {name: folder / f"{name}.part" for name in (_WEIGHTS, _HEAD)}  # what fails leaves an older artefact whole
-    aliases = save_tensors(drafts[_WEIGHTS], model)
-    head = {
-        "format": FORMAT,
-        "architecture": type(model).__name__,
-        "geometry": _geometry(model),
-        "aliases": aliases,
-        "buffers": _unsaved_buffers(model),
-        "plan": json.loads(plan.to_json()),
-    }
-    drafts[_HEAD].write_text(json.dumps(head, indent=1))
-    for name, draft in drafts.items():
-        os.replace(draft, folder / name)
+    with draft_of(folder / _HEAD) as description, draft_of(folder / _WEIGHTS) as weights:  # what fails leaves older ones whole
+        aliases = save_tensors(weights, model)
+        head = {
+            "format": FORMAT,
+            "architecture": type(model).__name__,
+            "geometry": _geometry(model),
+            "aliases": aliases,
+            "buffers": _unsaved_buffers(model),
+            "plan": json.loads(plan.to_json()),
+        }
+        description.write_text(json.dumps(head, indent=1))
 
 
 def save_tensors(path: str | Path, model: nn.Module, notes: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -97,4 +97,4 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 def say(text: str) -> None:
     """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
 from rankprune.cost import undisturbed
 from rankprune.recipes.batches import Normalize, eval_batches
-from rankprune.recipes.evaluation import top1
+from rankprune.recipes.evaluation import logits_of, top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.photograph_batches import PhotographConfig, centre_batches
 from rankprune.recipes.photographs import load_photographs
@@ -36,7 +36,7 @@ def evaluate(
     """Top-1 accuracy of a dense or decomposed classifier on images of one size, or with --size on photographs."""
     if size is None:
         refuse(context, "resize", "workers", because="without --size images are taken whole")
-    network, normalize = build_model(model, checkpoint, artefact), Normalize(mean, std)
+    network, normalize = build_model(model, checkpoint, artefact).float(), Normalize(mean, std)  # also of a file in half
     if size is None:
         images = load_images(data, split or "test")
         batches = eval_batches(images, batch, normalize)
@@ -45,7 +45,7 @@ def evaluate(
         batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
     first = next(batches)
     with undisturbed(network), torch.no_grad():
-        told_apart = network(first[0][:1]).shape[1]
+        told_apart = logits_of(network, first[0][:1]).shape[1]
     accuracy = top1(network, chain([first], batches))
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")
     if told_apart != len(images.classes):

@@ -7,7 +7,7 @@ import typer
 
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import refuse
-from rankprune.report.markdown import markdown, markdown_table, replace_between_marks
+from rankprune.report.markdown import markdown, replace_between_marks, with_note
 from rankprune.report.page import page
 from rankprune.report.plots import plot_results
 from rankprune.report.results import read_results
@@ -33,8 +33,7 @@ def report(
         html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")
         say(f"page   {html}")
     if into is not None:
-        table = markdown_table(overview(found))
-        into.write_text(replace_between_marks(into.read_text(encoding="utf-8"), table), encoding="utf-8")
+        into.write_text(replace_between_marks(into.read_text(encoding="utf-8"), with_note(overview(found))), encoding="utf-8")
         say(f"table  {into}")
     if plots is not None:
         for file in plot_results(plots, found):

@@ -1,6 +1,7 @@
 """Decomposed models on the Hugging Face hub: an artefact as rankprune.save writes it, a config.json, and a model card."""
 
 import json
+import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,10 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
             does not take, or results that are no pairs.
     """
 
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Not the mixin's, which makes a config of the arguments and takes a builder that is a dataclass for a value."""
+        return object.__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -77,7 +82,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         """Write the artefact, config.json and a model card to a folder. A card that is there already is kept.
 
         Args:
-            model_card_kwargs: ``{"source": repo_id}`` if the card shall name a repository to load from, not this folder.
+            model_card_kwargs: ``{"source": repo_id}`` if the card shall name a repository to load from, not this folder, and
+                ``"revision"`` for a branch or tag of it.
             options: those of huggingface_hub's ModelHubMixin.save_pretrained: repo_id, push_to_hub and its arguments.
 
         Returns:
@@ -94,6 +100,7 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         repo_id: str,
         *,
         token: str | None = None,
+        branch: str | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> str:
@@ -102,8 +109,9 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         A new card takes the place of the repository's, unless ``ignore_patterns="README.md"``.
 
         Args:
-            options: those of huggingface_hub's ModelHubMixin.push_to_hub: private, branch, create_pr, commit_message, and
-                patterns of files.
+            branch: to push to, by default main; the card names it.
+            options: those of huggingface_hub's ModelHubMixin.push_to_hub: private, create_pr, commit_message, and patterns of
+                files.
 
         Returns:
             The URL of the commit.
@@ -114,8 +122,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
                 from the same module without a network or a login.
         """
         source = repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-        card = {**(model_card_kwargs or {}), "source": source}
-        return super().push_to_hub(repo_id, token=token, model_card_kwargs=card, **options)
+        card = {**(model_card_kwargs or {}), "source": source, "revision": branch}
+        return super().push_to_hub(repo_id, token=token, branch=branch, model_card_kwargs=card, **options)
 
     # Not the mixin's hook _from_pretrained: that is called with whatever entries of the downloaded config.json have the names
     # of arguments of ours.
@@ -183,17 +191,23 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         except RankPruneError as error:
             raise CheckpointError(f"{str(folder / _CONFIG)!r} is damaged: {error}") from error
 
-    def generate_model_card(self, *, source: str) -> ModelCard:
+    def generate_model_card(self, *, source: str, revision: str | None = None) -> ModelCard:
         """The card: metadata, a table of costs and results, how to load the model, and the plan.
 
         Args:
             source: the repo id or folder that the model will be loaded from.
+            revision: the branch or tag of the repository, if not its main one.
         """
         own = self._hub_mixin_info.model_card_data.to_dict()
         given = {} if self.card_data is None else self.card_data.to_dict()
         data = ModelCardData(**{**own, **given, "tags": [*given.get("tags", []), *own["tags"]]})
         text = card_text(
-            self.plan, architecture=type(self.model).__name__, source=source, builder=self.builder, results=self.results
+            self.plan,
+            architecture=type(self.model).__name__,
+            source=source,
+            revision=revision,
+            builder=self.builder,
+            results=self.results,
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -269,6 +283,7 @@ def _pairs(results: Any) -> dict[str, tuple[float | None, float]]:
         raise RankPruneError(f"results={results!r}: give a dict of a name to a pair of figures")
     kinds = (int | float | None, int | float)
     for name, pair in results.items():
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(isinstance, pair, kinds)):
+        figures = isinstance(pair, tuple | list) and len(pair) == 2 and all(map(isinstance, pair, kinds))
+        if not figures or not all(value is None or math.isfinite(value) for value in pair):
             raise RankPruneError(f"results[{name!r}]={pair!r}: give two numbers, of the dense model (or None) and of this one")
     return {name: (pair[0], pair[1]) for name, pair in results.items()}

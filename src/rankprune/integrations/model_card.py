@@ -9,12 +9,15 @@ Results = Mapping[str, tuple[float | None, float]]
 """Measured figures by name, unit included: of the dense model, None if unknown, and of the decomposed one."""
 
 
-def card_text(plan: Plan, *, architecture: str, source: str, builder: str | None, results: Results) -> str:
+def card_text(
+    plan: Plan, *, architecture: str, source: str, builder: str | None, results: Results, revision: str | None = None
+) -> str:
     """The Markdown of a card, without the metadata before it.
 
     Args:
         architecture: the name of the model's class.
         source: the repo id or the folder that the model is to be loaded from.
+        revision: the branch or tag of that repository, if not its main one.
         builder: what builds the dense model, as ``package.module:callable``, or None if nobody recorded it.
     """
     return "\n\n".join(
@@ -23,7 +26,7 @@ def card_text(plan: Plan, *, architecture: str, source: str, builder: str | None
             "Layers of this network were replaced by pairs of thin ones, with rankprune.",
             _costs(plan, results),
             "## How to load it",
-            f"```python\n{_loading(architecture, source, builder)}\n```",
+            f"```python\n{_loading(architecture, source, revision, builder)}\n```",
             "This needs `pip install 'rankprune[hub]'`. "
             + ("" if builder is None else f"`{_attribute(builder)}` is called with the arguments in config.json. ")
             + "No code that a file of this repository names is imported or run.",
@@ -49,15 +52,16 @@ def _costs(plan: Plan, results: Results) -> str:
     return f"{table}\n\nMACs are multiply-adds of one forward pass on the example batch that the plan was made with.{blind}"
 
 
-def _loading(architecture: str, source: str, builder: str | None) -> str:
+def _loading(architecture: str, source: str, revision: str | None, builder: str | None) -> str:
     where = json.dumps(source, ensure_ascii=False)
+    at = "" if revision is None else f", revision={json.dumps(revision, ensure_ascii=False)}"
     if builder is None:
         return "\n".join(
             [
                 "from rankprune.integrations.hub import LowRank",
                 "",
                 f"dense = ...  # the {architecture} as it was built before it was decomposed",
-                f"model = LowRank.from_pretrained({where}, dense).model",
+                f"model = LowRank.from_pretrained({where}, dense{at}).model",
             ]
         )
     module, attribute = builder.split(":")[0], _attribute(builder)
@@ -66,7 +70,7 @@ def _loading(architecture: str, source: str, builder: str | None) -> str:
             f"from {module} import {attribute.split('.')[0]}",
             "from rankprune.integrations.hub import LowRank",
             "",
-            f"model = LowRank.from_pretrained({where}, {attribute}).model",
+            f"model = LowRank.from_pretrained({where}, {attribute}{at}).model",
         ]
     )
 

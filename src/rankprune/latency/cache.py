@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rankprune.files import draft_of
 from rankprune.version import VERSION
 
 NOISY = 0.2
@@ -54,17 +55,13 @@ class LatencyCache:
         return known
 
     def _keep(self, key: str, known: dict[str, Any]) -> None:
-        draft = self.path.with_suffix(f".{os.getpid()}.draft")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             measured = {**self._read(), key: known}  # another process may have written meanwhile
-            draft.write_text(json.dumps({"setting": self.setting, "measured": measured}, indent=1))
-            draft.replace(self.path)
+            with draft_of(self.path) as draft:
+                draft.write_text(json.dumps({"setting": self.setting, "measured": measured}, indent=1))
         except OSError as error:
             warnings.warn(f"cannot keep latencies in {str(self.path)!r} ({error}); set RANKPRUNE_CACHE", stacklevel=2)
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         """All that is kept; nothing if that is damaged. Raises OSError if it is there and may not be read."""

@@ -90,14 +90,14 @@ class TrainBatches(Batches):
 
     def __init__(self, data: ImageSet, batch: int, *, pad: int = 4, flip: bool = True, **options: Any) -> None:
         super().__init__(data.labels, batch, **options)
-        self.pad, self.flip = pad, flip
+        self.pad, self.flip, self.digest = pad, flip, data.digest
         self.images = F.pad(data.images, (0, 0, pad, pad, pad, pad)).to(self.device)
         self.height, self.width = data.images.shape[1:3]
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the batches depend on, as plain values."""
-        return super().settings | {"pad": self.pad, "flip": self.flip}
+        return super().settings | {"pixels": self.digest, "pad": self.pad, "flip": self.flip}
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of epoch `number` from batch `start` on."""

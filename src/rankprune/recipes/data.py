@@ -24,7 +24,7 @@ Images = TypeVar("Images", bound=Labelled)
 class Data:
     """`test(batch=b)` gives all test images in order, b at a time: images (b, 3, h, w) and labels (b,).
 
-    `source` is which of several sources of photographs they come from.
+    `source` is which of several sources of photographs they come from; `test_digest` tells small test images from others.
     """
 
     batches: Batches
@@ -33,6 +33,7 @@ class Data:
     train_images: int
     test_images: int
     source: str | None = None
+    test_digest: int | None = None
 
 
 def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
@@ -50,14 +51,15 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
     if config is None:
         chosen = None
         train, test = _splits(e.holdout, partial(load_images, _place(e.dataset, folder)), "test")
+        digest = test.digest
         batches: Batches = TrainBatches(train, e.batch, **options)
         test_batches = partial(eval_batches, test, device=processes.device)
     else:
-        chosen = _source(config, folder)
+        chosen, digest = _source(config, folder), None
         train, test = _splits(e.holdout, partial(load_photographs, _place(chosen or e.dataset, folder)), config.test_split)
         batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
         test_batches = partial(centre_batches, test, config, device=processes.device)
-    return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen)
+    return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen, digest)
 
 
 def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:

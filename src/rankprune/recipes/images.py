@@ -4,6 +4,7 @@ Images are held as one uint8 tensor in NHWC order, so that a batch is a single g
 """
 
 import pickle
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ class ImageSet(Labelled):
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at `index`, shape (k,)."""
         return ImageSet(self.images[index], self.labels[index], self.classes)
+
+    @property
+    def digest(self) -> int:
+        """A checksum of all pixels: the same pictures encoded in another way mostly have another one."""
+        return zlib.crc32(self.images.contiguous().numpy().data)
 
 
 def load_images(path: str | Path, split: str, size: int | None = None) -> ImageSet:

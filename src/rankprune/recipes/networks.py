@@ -31,7 +31,7 @@ def build(name: str, classes: int) -> nn.Module:
 
 
 def load_weights(model: nn.Module, source: str, models: Path, runs: Path) -> None:
-    """Fill `model` with the weights in `source`, all of them.
+    """Fill `model` with the weights in `source`, all of them, in float32.
 
     Args:
         source: ``"run:NAME"``, the dense weights that an experiment ended with; pretrained ones that a package downloads once,
@@ -52,7 +52,7 @@ def load_weights(model: nn.Module, source: str, models: Path, runs: Path) -> Non
         tensors = _torchvision(source.removeprefix(TORCHVISION))
     else:
         tensors = _timm(source.removeprefix(TIMM))
-    load_exactly(model, tensors, source)
+    load_exactly(model, {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, source)
 
 
 def weights_file(source: str, models: Path, runs: Path) -> Path | None:
@@ -69,7 +69,7 @@ def _torchvision(name: str) -> dict[str, Tensor]:
         raise MissingExtraError("torchvision", "imagenet") from error
     try:
         return dict(get_weight(name).get_state_dict(progress=False, check_hash=True))
-    except (ValueError, KeyError, OSError, RuntimeError) as error:  # unknown names, no network, a damaged download
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:  # unknown names, no network, a damaged download
         raise RankPruneError(f"cannot get the weights {name!r} from torchvision: {error}") from error
 
 

@@ -21,6 +21,7 @@ from rankprune.cost import count, cpu_name
 from rankprune.decompose import decompose
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
+from rankprune.files import draft_of
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra, project
@@ -85,21 +86,22 @@ def run(
     if not processes.first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
-    result |= {"wall_s": round(sum(entry.seconds for entry in log), 1), "log": [asdict(entry) for entry in log], **found}
-    if plan is None or small is None:
-        result |= _compare(model, model, data, x, e)
-        result["top1_dense"] = result["top1"]
-    else:
-        if e.reference:
-            result["top1_dense"] = known if reference is None else top1(reference, data.test())
-        save(folder / "artefact", small, plan)
-        small = load(folder / "artefact", network())
-        result |= _compare(model, small, data, x, e) | {"ranks": plan.ranks, "plan": json.loads(plan.to_json())}
-        torch.manual_seed(e.training.seed)  # a fresh network is again the one that was trained
-        before = _rounded_spectra(network(e.start), plan)
-        project(model, plan)  # what was only decomposed is not of low rank yet
-        result["spectra"] = {"before": before, "after": _rounded_spectra(model, plan)}
+    with draft_of(folder / WEIGHTS) as weights:  # takes its place last: a run that has it has been judged
+        save_tensors(weights, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
+        result |= {"wall_s": round(sum(entry.seconds for entry in log), 1), "log": [asdict(entry) for entry in log], **found}
+        if plan is None or small is None:
+            result |= _compare(model, model, data, x, e)
+            result["top1_dense"] = result["top1"]
+        else:
+            if e.reference:
+                result["top1_dense"] = known if reference is None else top1(reference, data.test())
+            save(folder / "artefact", small, plan)
+            small = load(folder / "artefact", network())
+            result |= _compare(model, small, data, x, e) | {"ranks": plan.ranks, "plan": json.loads(plan.to_json())}
+            torch.manual_seed(e.training.seed)  # a fresh network is again the one that was trained
+            before = _rounded_spectra(network(e.start), plan)
+            project(model, plan)  # what was only decomposed is not of low rank yet
+            result["spectra"] = {"before": before, "after": _rounded_spectra(model, plan)}
     return result
 
 
@@ -193,8 +195,16 @@ def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> 
         there = json.loads((folders.results / f"{name}.json").read_text())
     except (OSError, ValueError):
         return None
-    images = ("model", "dataset", "test_split", "test_images")
-    return there.get("top1_before_decomposition") if all(there.get(key) == result[key] for key in images) else None
+    images = ("model", "dataset", "test_split", "test_images", "source", "test_digest")
+    there = {"test_digest": result["test_digest"], "config": {}} | there  # an older result may lack the digest
+    same = all(there.get(key) == result[key] for key in images) and _crops(there) == _crops(result)
+    return there.get("top1_before_decomposition") if same else None
+
+
+def _crops(result: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The part of a photograph that was tested on; None for images that are taken whole."""
+    photographs = result["config"].get("photographs")
+    return photographs and (photographs["test_resize"], photographs["test_size"])
 
 
 def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
@@ -241,6 +251,7 @@ def _describe(e: Experiment, data: Data) -> dict[str, Any]:
         "test_images": data.test_images,
         "test_split": "holdout" if e.holdout else "test",
         "source": data.source,
+        "test_digest": data.test_digest,
         "config": asdict(e),
     }
 
@@ -313,5 +324,6 @@ def _settings_in(path: Path) -> dict[str, Any] | None:
 def write(result: dict[str, Any], path: Path) -> Path:
     """Write a result to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    with draft_of(path) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -1,7 +1,6 @@
 """The whole state of a training in a file, to go on from as if nothing had happened."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from rankprune.errors import CheckpointError
+from rankprune.files import draft_of
 from rankprune.recipes.progress import EpochLog, Journal
 from rankprune.recipes.settings import in_force
 from rankprune.trp import TRP
@@ -34,9 +34,8 @@ def write_snapshot(
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")  # a kill while writing leaves the last whole checkpoint in place
-    torch.save(state, part)
-    os.replace(part, path)
+    with draft_of(path) as draft:
+        torch.save(state, draft)
 
 
 def read_snapshot(

@@ -14,12 +14,15 @@ def markdown_table(table: Table) -> str:
     return "\n".join([_line(table.columns), f"|{'|'.join(rule)}|", *map(_line, table.rows)])
 
 
+def with_note(table: Table) -> str:
+    """The rows, if there are any, and under them the note."""
+    parts = [markdown_table(table) if table.rows else "", table.note]
+    return "\n\n".join(part for part in parts if part)
+
+
 def markdown(tables: Sequence[Table]) -> str:
     """Tables under their titles, each with its note."""
-    parts = []
-    for table in tables:
-        parts += [f"## {_escaped(table.title)}", markdown_table(table) if table.rows else "", table.note]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for table in tables for part in (f"## {_escaped(table.title)}", with_note(table)) if part)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from rankprune.report.results import (
     in_order,
     is_timed,
     label,
+    machine,
     mean_of,
     method,
     plan_of,
@@ -105,7 +106,8 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
         share = 100 * r["macs"] / r["macs_dense"]
         by_macs.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {share:.1f} % of the MACs"))
         if is_timed(r) and not dense:
-            share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} ms"
+            share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} {tables.timed_on(r)}"
+            clock += f", {where}" if (where := machine(r)) else ""
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
     there = {r["name"] for r in results if r["method"] == "dense"}
     for name, tops in dense_networks(results).items():
@@ -135,7 +137,7 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
 def _run(number: int, r: Result, epochs: str) -> Element:
     commit = f"commit {r['commit']}" if r.get("commit") else ""
     trained = f"{epochs} epochs" if epochs else "not trained"
-    facts = [r["model"], r["dataset"], label(r), trained, f"seed {r.get('seed')}", r.get("date"), commit, tables.machine(r)]
+    facts = [r["model"], r["dataset"], label(r), trained, f"seed {r.get('seed')}", r.get("date"), commit, machine(r)]
     parts = [
         element("h2", r["name"], id=f"run-{number}"),
         element("ul", (element("li", str(fact)) for fact in facts if fact), class_="facts"),

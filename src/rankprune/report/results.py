@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from rankprune.recipes.settings import in_force
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
 _JUDGED = {"top1_before_decomposition", "top1", "macs", "params"}
-_COSTS = ("macs_dense", "macs", "params_dense", "params", "ms_dense", "ms")
+_COSTS = "macs_dense", "macs", "params_dense", "params"
+_TIMES = "ms_dense", "ms"
+_TIMED_ON = "cpu", "gpu", "threads", "ms_backend", "ms_batch"
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
@@ -49,11 +52,15 @@ def _needed(data: Result) -> set[str]:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise RankPruneError(f"cannot read the result {str(file)!r}: {error.strerror}") from error
     except ValueError as error:
         raise RankPruneError(f"{str(file)!r} is not JSON ({error})") from error
+
+
+def _refuse(number: str) -> None:
+    raise ValueError(f"{number} is no number of JSON")
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
@@ -71,7 +78,7 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
         config = {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
-        images = r["dataset"], r["test_split"], r.get("train_images"), r.get("test_images")
+        images = r["dataset"], r.get("source"), r["test_split"], r.get("train_images"), r.get("test_images")
         key = json.dumps([r["model"], *images, r["method"], r["scheme"], config])
         again = 0  # the same seed twice is two experiments, whatever they differ in
         while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
@@ -81,12 +88,18 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def mean_of(group: Sequence[Result]) -> Result:
-    """The first result of a group, with what its networks cost and take averaged over the group."""
-    means: Result = {}
-    for cost in _COSTS:
-        if all(cost in r for r in group):
-            mean = sum(r[cost] for r in group) / len(group)
-            means[cost] = mean if cost.startswith("ms") else round(mean)
+    """The first result of a group, with what its networks cost averaged over the group.
+
+    What they take is averaged over those that were timed alike, on one machine: where there are several, over the most.
+    """
+    means: Result = {cost: round(statistics.mean(r[cost] for r in group)) for cost in _COSTS}
+    alike: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
+    for r in filter(is_timed, group):
+        alike[tuple(r.get(field) for field in _TIMED_ON)].append(r)
+    if alike:
+        timed = max(alike.values(), key=len)
+        means |= {field: timed[0][field] for field in _TIMED_ON if field in timed[0]}
+        means |= {time: statistics.mean(r[time] for r in timed) for time in _TIMES}
     return {**group[0], **means}
 
 
@@ -150,6 +163,13 @@ def task(r: Result) -> str:
 def is_timed(r: Result) -> bool:
     """Whether it tells the milliseconds of both networks."""
     return r.keys() >= {"ms", "ms_dense"}
+
+
+def machine(r: Result) -> str:
+    """What a result was computed on, as far as it says."""
+    threads = r.get("threads")
+    parts = [r.get("gpu"), r.get("cpu"), f"{threads} thread{'s' if threads != 1 else ''}" if threads else None]
+    return ", ".join(part for part in parts if part)
 
 
 def compared(r: Result) -> str:

@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 from typing import Any
 
 from rankprune.plan import Plan
@@ -14,6 +15,7 @@ from rankprune.report.results import (
     full_ranks,
     in_order,
     is_timed,
+    machine,
     mean_of,
     method,
     of_full,
@@ -23,6 +25,7 @@ from rankprune.report.results import (
 )
 
 OLDER = "Not in this result, which another version of rankprune wrote."
+NOTHING = "No layer was decomposed."
 
 
 @dataclass(frozen=True)
@@ -58,38 +61,44 @@ def run_tables(r: Result) -> list[Table]:
 def overview(results: Sequence[Result]) -> Table:
     """One row for each experiment, seeds averaged: accuracy, drop against its dense reference, cost, time.
 
-    The drop is the reference's accuracy minus that after decomposition, in points.
+    The drop is the reference's accuracy minus that after decomposition, in points. Where several machines took the times,
+    each time names its own by a letter.
     """
     columns = ("method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer", "ms, batch 64", "faster")
     groups = seeds_together(in_order(results))
     epochs = epochs_among(results)
-    rows = [_row(group, epochs(group[0])) for group in groups]
+    machines = dict.fromkeys(filter(None, (machine(r) for r in map(mean_of, groups) if is_timed(r))))
+    letters = dict(zip(machines, ascii_uppercase, strict=False)) if len(machines) > 1 else {}
+    rows = [_row(group, epochs(group[0]), letters) for group in groups]
     first: tuple[str, ...] = ("network",)
     names = [(group[0]["model"],) for group in groups]
     if len({task(r) for r in results}) > 1:
         first, names = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
     note = "Drop: dense minus decomposed."
     note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
+    note += f" ms: {'; '.join(f'{letter} on {name}' for name, letter in letters.items())}." if letters else ""
     rows = [(*name, *row) for name, row in zip(names, rows, strict=True)]
     return Table("Results", (*first, *columns), rows, words=len(first) + 2, note=note)
 
 
-def _row(group: list[Result], epochs: str) -> tuple[str, ...]:
+def _row(group: list[Result], epochs: str, letters: Mapping[str, str]) -> tuple[str, ...]:
     r = mean_of(group)
+    ms = _milliseconds(r, letters) if is_timed(r) else ""
     cells = [method(r), r["scheme"] or "", epochs]
     if r["method"] == "dense":
-        costs = (f"{r['macs']:,}", "", f"{r['params']:,}", "", _milliseconds(r) if is_timed(r) else "", "")
+        costs = (f"{r['macs']:,}", "", f"{r['params']:,}", "", ms, "")
         return (*cells, _spread([g["top1"] for g in group]), "", *costs)
     cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
-    return (*cells, *((_milliseconds(r), times(r["ms_dense"], r["ms"])) if is_timed(r) else ("", "")))
+    return (*cells, ms, times(r["ms_dense"], r["ms"]) if is_timed(r) else "")
 
 
-def _milliseconds(r: Result) -> str:
-    """Those of the decomposed network, and what they are of if not of PyTorch eager and 64 images."""
+def _milliseconds(r: Result, letters: Mapping[str, str]) -> str:
+    """Those of the decomposed network, what they are of if not of PyTorch eager and 64 images, and the machine's letter."""
     batch, backend = r.get("ms_batch", 64), r.get("ms_backend", "eager")
-    other = [*([f"batch {batch}"] if batch != 64 else []), *([backend] if backend != "eager" else [])]
-    return f"{r['ms']:.1f}" + (f" ({', '.join(other)})" if other else "")
+    notes = [f"batch {batch}" if batch != 64 else "", backend if backend != "eager" else "", letters.get(machine(r), "")]
+    said = ", ".join(note for note in notes if note)
+    return f"{r['ms']:.1f}" + (f" ({said})" if said else "")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -170,19 +179,13 @@ def timed_on(r: Result) -> str:
     return f"ms, batch {r.get('ms_batch', '')}, {r.get('ms_backend', 'eager')}"
 
 
-def machine(r: Result) -> str:
-    """What a result was computed on, as far as it says."""
-    threads = r.get("threads")
-    parts = [r.get("gpu"), r.get("cpu"), f"{threads} thread{'s' if threads != 1 else ''}" if threads else None]
-    return ", ".join(part for part in parts if part)
-
-
 def ranks_over_training(r: Result, columns: int = 8) -> Table:
     """The rank of each layer after some of the epochs, evenly spaced, the last one among them."""
     history = rank_history(r)
     title = "Ranks over training"
     if not history:
-        return Table(title, (), (), note="The network was decomposed without training at low rank.")
+        note = "The network was decomposed without training at low rank." if r["ranks"] else NOTHING
+        return Table(title, (), (), note=note)
     last = len(history) - 1
     shown = sorted({round(i * last / max(1, columns - 1)) for i in range(columns)})
     picked = [history[i] for i in shown]
@@ -203,6 +206,8 @@ def spectra(r: Result) -> Table:
     title = "Spectra"
     if "spectra" not in r:
         return Table(title, (), (), note=OLDER)
+    if not r["ranks"]:
+        return Table(title, (), (), note=NOTHING)
     before, after = r["spectra"]["before"], r["spectra"]["after"]
     rows = [
         (
