@@ -74,7 +74,7 @@ def overview(results: Sequence[Result]) -> Table:
     names = [(group[0]["model"],) for group in groups]
     if len({task(r) for r in results}) > 1:
         first, names = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
-    note = "Drop: dense minus decomposed."
+    note = "Drop: the dense network of the same seed minus the decomposed one."
     note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
     note += f" ms: {'; '.join(f'{letter} on {name}' for name, letter in letters.items())}." if letters else ""
     rows = [(*name, *row) for name, row in zip(names, rows, strict=True)]
