@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from coloured import coloured, write_parquet
 from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
-from rankprune.recipes.experiment import Folders
+from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.images import ImageSet, load_images
+from rankprune.recipes.networks import build
+from rankprune.recipes.photograph_batches import PhotographConfig
+from rankprune.recipes.processes import joined
 from rankprune.recipes.resnet import CifarResNet, resnet
+from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
 
@@ -61,6 +66,34 @@ def test_what_is_trained_on_a_gpu_is_loaded_on_a_cpu(tmp_path):
     loaded = rp.load(tmp_path, CifarResNet(8, classes=4)).eval()
     assert next(loaded.parameters()).device.type == "cpu"
     torch.testing.assert_close(loaded(x), small(x.cuda()).cpu(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("photographs", [None, PhotographConfig(sizes=(8,), test_split="test", test_resize=8, test_size=8)])
+def test_experiments_run_on_a_gpu(tmp_path, photographs):
+    for split, count in (("train", 48), ("test", 16)):
+        write_parquet(tmp_path / "data" / "tiny" / f"{split}-0.parquet", coloured(count, 8))
+    folders = Folders(tmp_path / "data", tmp_path / "models", tmp_path / "runs")
+    config = TrainConfig(epochs=2, lr=0.02, compile=False)
+    dense = Experiment("dense", "dense", dataset="tiny", batch=16, training=config, photographs=photographs)
+    ours = replace(
+        dense,
+        name="ours",
+        method="ours",
+        start="run:dense",
+        reference="run:dense",
+        training=replace(config, distill=0.7),
+        trp=TrpConfig(every=2, freeze=0.5),
+    )
+    with joined() as processes:
+        assert processes.device == "cuda:0"
+        results = [run(e, folders, processes=processes) for e in (dense, ours)]
+    assert results[1]["macs"] < results[1]["macs_dense"] / 2
+    assert results[1]["gpu"] == torch.cuda.get_device_name()
+    small = rp.load(tmp_path / "runs" / "ours" / "artefact", build("resnet20", 4))
+    assert next(small.parameters()).device.type == "cpu"
 
 
 @pytest.mark.slow
