@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankprune as rp
 from rankprune.linalg import worth_starting
 from rankprune.recipes.imagenet_resnet import resnet18
-from rankprune.recipes.runner import provenance, write
+from rankprune.recipes.record import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "distributed.json"
 SEED, PROCESSES, SIZE = 0, (1, 2, 4), 112

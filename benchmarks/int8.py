@@ -23,7 +23,7 @@ from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.images import load_images
 from rankprune.recipes.networks import build, load_weights
-from rankprune.recipes.runner import provenance, write
+from rankprune.recipes.record import provenance, write
 from rankprune.rules import parse_rule
 from rankprune.timing import spread, time_together
 

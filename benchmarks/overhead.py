@@ -21,8 +21,8 @@ from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.experiment import Folders
 from rankprune.recipes.images import load_images
 from rankprune.recipes.progress import Progress
+from rankprune.recipes.record import provenance, write
 from rankprune.recipes.resnet import resnet
-from rankprune.recipes.runner import provenance, write
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
 

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rankprune.backends import BACKENDS
 from rankprune.latency.cache import NOISY
-from rankprune.recipes.runner import provenance, write
+from rankprune.recipes.record import provenance, write
 from rankprune.schemes import SCHEMES
 from rankprune.timing import spread, time_together
 

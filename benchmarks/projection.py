@@ -25,8 +25,8 @@ from rankprune.recipes.batches import TrainBatches
 from rankprune.recipes.experiment import Folders
 from rankprune.recipes.imagenet_resnet import resnet18, resnet50
 from rankprune.recipes.images import load_images
+from rankprune.recipes.record import provenance, write
 from rankprune.recipes.resnet import resnet20
-from rankprune.recipes.runner import provenance, write
 from rankprune.schemes import SCHEMES
 
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], str, int, int]] = {

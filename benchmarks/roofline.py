@@ -29,7 +29,7 @@ from rankprune.backends.onnxruntime import quantize_onnx, session_options
 from rankprune.ranks import Candidate, Choice, Cost, RankRule
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import build
-from rankprune.recipes.runner import provenance, write
+from rankprune.recipes.record import provenance, write
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
 SEED, WARM_UP, CALLS = 0, 5, 30

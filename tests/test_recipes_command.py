@@ -68,7 +68,7 @@ def test_images_are_called_after_their_folder(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "cats" / "x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cats")
     ran = []
-    monkeypatch.setattr("rankprune.recipes.runner.run", lambda e, *rest: ran.append(e))
+    monkeypatch.setattr("rankprune.cli.train.run", lambda e, *rest: ran.append(e))
     invoke("train", "--data", data, "--out", str(tmp_path / "out"), "--start", "12:30/model.pt")
     assert ran[0].dataset == "cats"
     assert ran[0].start == str((tmp_path / "cats" / "12:30" / "model.pt").resolve())

@@ -1,7 +1,7 @@
 """Runs of experiments, from images to the JSON, which reports on what was saved."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import rankprune as rp
 from coloured import coloured, write_parquet
 from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.projection import planned_spectra
-from rankprune.recipes import runner
+from rankprune.recipes import record, runner
 from rankprune.recipes.batches import eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
@@ -22,8 +22,9 @@ from rankprune.recipes.networks import build
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import Progress
+from rankprune.recipes.record import finished, write
 from rankprune.recipes.resnet import resnet
-from rankprune.recipes.runner import finished, run, write
+from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 
 
@@ -178,18 +179,6 @@ def test_of_a_reference_run_elsewhere_the_result_is_enough(folders: Folders, tmp
     assert run(e, folders)["top1_dense"] == dense["top1_dense"]
 
 
-def test_a_reference_elsewhere_was_tested_on_the_same_part_of_the_same_photographs(tmp_path: Path) -> None:
-    folders = Folders(tmp_path, tmp_path, tmp_path / "runs", tmp_path)
-    photographs = {"test_resize": 146, "test_size": 128, "sizes": [96]}
-    here = {"model": "resnet18", "dataset": "d", "test_split": "test", "test_images": 9, "source": "a", "test_digest": None}
-    here["config"] = {"photographs": photographs}
-    there = here | {"top1_before_decomposition": 70.0, "config": {"photographs": photographs | {"sizes": [64]}}}
-    others = [{"source": "b"}, {"config": {"photographs": photographs | {"test_size": 112}}}, {"config": {}}]
-    for change, found in [({}, 70.0), *((other, None) for other in others)]:
-        write(there | change, tmp_path / "dense.json")
-        assert runner._top1_of_a_run("run:dense", folders, here) == found, change
-
-
 def test_of_several_processes_one_decomposes(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     folders.models.mkdir()
     torch.save(resnet("resnet20", 4).state_dict(), folders.models / "start.th")
@@ -208,7 +197,7 @@ def test_processes_part_before_one_of_them_evaluates(folders: Folders, monkeypat
 
 def test_the_commit_is_that_at_the_start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = ["before"]
-    monkeypatch.setattr(runner, "commit", lambda: commits[-1])
+    monkeypatch.setattr(record, "commit", lambda: commits[-1])
     assert run(replace(TINY, method="dense"), folders, lambda progress: commits.append("after"))["commit"] == "before"
 
 
@@ -218,28 +207,6 @@ def test_a_plain_decomposition_does_not_go_into_the_folder_of_a_training(folders
         run(e, folders, killed_in_the_second_epoch)
     with pytest.raises(rp.RankPruneError, match="has the checkpoint of a training; take another folder"):
         run(replace(e, method="decompose", start="start.th"), folders)
-
-
-def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
-    path, weights = tmp_path / "tiny.json", tmp_path / "tiny" / "dense.safetensors"
-    weights.parent.mkdir()
-    weights.touch()
-    assert not finished(TINY, path, tmp_path)
-    path.write_text("{")
-    assert not finished(TINY, path, tmp_path)
-    config = json.loads(json.dumps(asdict(TINY)))
-    del config["training"]["milestones"]  # of a version that had none
-    path.write_text(json.dumps({"config": config}))
-    assert finished(TINY, path, tmp_path)
-    assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path, tmp_path)
-    assert not finished(replace(TINY, trp=TrpConfig(every=3)), path, tmp_path)
-    assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path)
-    write({"config": asdict(replace(TINY, trp=TrpConfig(ramp=0.0)))}, path)
-    assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path), "from the start, and never"
-    assert finished(replace(TINY, training=replace(TINY.training, checkpoint_steps=9), trp=TrpConfig(ramp=0.0)), path, tmp_path)
-    write({"config": config}, path)
-    weights.unlink()  # as in a fresh clone
-    assert not finished(TINY, path, tmp_path)
 
 
 def test_a_run_killed_while_it_is_judged_is_not_finished(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from rankprune.latency import Setting
 from rankprune.latency.cache import NOISY
 from rankprune.planner import make_plan
 from rankprune.ranks import RankRule
-from rankprune.recipes.runner import provenance, write
+from rankprune.recipes.record import provenance, write
 from rankprune.report.plots import plot_layer, require_matplotlib
 from rankprune.rules import parse_rule
 

@@ -9,11 +9,12 @@ import typer
 from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.recipes import experiment as experiments
-from rankprune.recipes import runner
 from rankprune.recipes.networks import IMAGENET, RUN, TIMM, TORCHVISION
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import joined
+from rankprune.recipes.record import check_unused, finished, write
+from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.rules import parse_rule
 
@@ -100,7 +101,7 @@ def train(
         ),
         photographs=PhotographConfig.at(size, sources=sources, workers=workers) if model in IMAGENET else None,
     )
-    runner.check_unused(experiment, out / "result.json")
+    check_unused(experiment, out / "result.json")
     folders = experiments.Folders.from_environment(out.parent)
     if data is not None:
         folders = experiments.Folders(Path(data), Path(data), out.parent)
@@ -124,7 +125,7 @@ def bench_run(
     """Run one experiment, or the rest of an interrupted one, and write its JSON, unless that and its weights are there."""
     experiment = experiments.Experiment.read(file)
     experiment = experiment if seed is None else experiment.with_seed(seed)
-    if not again and runner.finished(experiment, path := results / f"{experiment.name}.json", runs):
+    if not again and finished(experiment, path := results / f"{experiment.name}.json", runs):
         say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
     _run(experiment, experiments.Folders.from_environment(runs, results), results, experiment.name)
@@ -132,10 +133,10 @@ def bench_run(
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
     with joined() as processes, TrainingBars(experiment.training.epochs if processes.first else 0) as bars:
-        result = runner.run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
+        result = run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
         if result is None:  # another process has it
             return
-        path = runner.write(result, out / f"{name}.json")
+        path = write(result, out / f"{name}.json")
     dense = (result["macs_dense"], result["params_dense"])
     rows = [("dense", result["top1_dense"], *dense)] if "top1_dense" in result else []
     if result["method"] != "dense":

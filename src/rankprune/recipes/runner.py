@@ -1,10 +1,7 @@
 """Run an experiment: one network trained and decomposed, one JSON."""
 
-import datetime
 import json
-import platform
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import rankprune
 from rankprune.budget import Budget
 from rankprune.checkpoint import load, read_notes, save, save_tensors
 from rankprune.comparison import compare
-from rankprune.cost import count, cpu_name
+from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
@@ -28,10 +24,10 @@ from rankprune.projection import planned_spectra, project
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.networks import RUN, WEIGHTS, build, load_weights, weights_file
+from rankprune.recipes.networks import WEIGHTS, build, load_weights, weights_file
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
-from rankprune.recipes.settings import in_force
+from rankprune.recipes.record import provenance, top1_of_a_run
 from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
@@ -77,7 +73,7 @@ def run(
     model = network(e.start)
     teacher = network(e.teacher or e.start) if e.training.distill else None
     result = _describe(e, data) | begun
-    known = _top1_of_a_run(e.reference, folders, result) if e.reference else None
+    known = top1_of_a_run(e.reference, folders, result) if e.reference else None
     reference = network(e.reference) if e.reference and known is None else None  # missed before the training, if missing
     x = next(data.test(batch=1))[0]
     together = next(data.test(batch=e.trp.batch or 1))[0]
@@ -186,27 +182,6 @@ def _check_held_out(e: Experiment, folders: Folders) -> None:
                 )
 
 
-def _top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> float | None:
-    """What the result of a run says of its dense weights, on the same images, where they are on another machine."""
-    name = source.removeprefix(RUN)
-    if name == source or folders.results is None or (folders.runs / name / WEIGHTS).is_file():
-        return None
-    try:
-        there = json.loads((folders.results / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    images = ("model", "dataset", "test_split", "test_images", "source", "test_digest")
-    there = {"test_digest": result["test_digest"], "config": {}} | there  # an older result may lack the digest
-    same = all(there.get(key) == result[key] for key in images) and _crops(there) == _crops(result)
-    return there.get("top1_before_decomposition") if same else None
-
-
-def _crops(result: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The part of a photograph that was tested on; None for images that are taken whole."""
-    photographs = result["config"].get("photographs")
-    return photographs and (photographs["test_resize"], photographs["test_size"])
-
-
 def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e: Experiment) -> dict[str, Any]:
     """Accuracy, costs and times of a network before and after decomposition; of one that stays dense both are the same."""
     rule = parse_rule(e.trp.rule)
@@ -254,76 +229,3 @@ def _describe(e: Experiment, data: Data) -> dict[str, Any]:
         "test_digest": data.test_digest,
         "config": asdict(e),
     }
-
-
-def provenance() -> dict[str, Any]:
-    """What a result that is begun now, here, is made with."""
-    return {
-        "commit": commit(),
-        "versions": {
-            "rankprune": rankprune.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of the checkout this file is in, with a + if files but results differ from it; None outside a checkout."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if not git("ls-files", here.name):  # installed into someone else's
-            return None
-        made_by = ":/src", ":/benchmarks", ":(top,exclude)benchmarks/results", ":/pyproject.toml"
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *made_by)
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def finished(experiment: Experiment, path: Path, runs: Path) -> bool:
-    """Whether the file has a result of this experiment, and `runs` the weights that others build on.
-
-    Settings that are off there or here count as left out.
-    """
-    return (runs / experiment.name / WEIGHTS).is_file() and _settings_in(path) == _settings(experiment)
-
-
-def check_unused(experiment: Experiment, path: Path) -> None:
-    """Make sure that a result would not be written over that of another experiment.
-
-    Raises:
-        RankPruneError: if the file holds such a result.
-    """
-    there, here = _settings_in(path), _settings(experiment)
-    if there is not None and in_force(there | {"name": experiment.name}) != here:
-        raise RankPruneError(f"{str(path)!r} is the result of another run, which this one would replace: take another folder")
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    return in_force(json.loads(json.dumps(asdict(experiment))))
-
-
-def _settings_in(path: Path) -> dict[str, Any] | None:
-    """Those of the experiment whose result a file holds; None if it holds none."""
-    try:
-        return in_force(dict(json.loads(path.read_text())["config"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write(result: dict[str, Any], path: Path) -> Path:
-    """Write a result to a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with draft_of(path) as draft:
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-    return path
