@@ -200,3 +200,46 @@ def test_a_stack_of_encoders_with_a_padding_mask_is_calibrated():
     assert torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad():
         assert rp.decompose(model, plan, calibration=[x])(**x).isfinite().all()
+
+
+def test_inputs_are_unrolled_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 12, 3), nn.Conv2d(12, 12, 3)), correlated(7, 4, 9, 9)
+    plan = rp.make_plan(model, x, scheme="channel", rule=rp.FixedRank(3), include=["*"])
+    whole = rp.decompose(model, plan, calibration=[x])
+    sizes, unroll = [], SCHEMES["channel"].input_patches
+
+    def noting(layer: nn.Module, x: Tensor) -> Tensor | None:
+        patches = unroll(layer, x)
+        sizes.append(0 if patches is None else patches.numel())
+        return patches
+
+    monkeypatch.setattr(calibration, "_UNROLLED", 2 * 12 * 49 * 9)
+    monkeypatch.setattr(type(SCHEMES["channel"]), "input_patches", lambda self, layer, x: noting(layer, x))
+    parts = rp.decompose(model, plan, calibration=[x])
+    assert len(sizes) > 2
+    assert max(sizes) <= 2 * 12 * 49 * 9
+    torch.testing.assert_close(parts(x), whole(x), rtol=1e-4, atol=1e-4)
+
+
+def test_how_many_inputs_there_are_changes_neither_ranks_nor_the_balance_of_factors():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), correlated(64, 16)
+    values = rp.make_plan(model, x, rule=rp.SingularValue(0.3), include=["0"], calibration=[x])
+    again = rp.make_plan(model, x, rule=rp.SingularValue(0.3), include=["0"], calibration=[x] * 50)
+    assert values.projected["0"].rank == again.projected["0"].rank
+    assert 1 < (values.projected["0"].rank or 0) < 12
+    plan = rp.make_plan(model, rule=rp.FixedRank(4), include=["0"])
+    for times in (1, 50):
+        left, right = rp.decompose(model, plan, calibration=[x] * times)[0]
+        assert float(left.weight.detach().norm() / right.weight.detach().norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_patches_go_by_a_padding_that_was_set_later():
+    layer, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(3, 4, 5, 5)
+    layer.padding, layer.dilation = (4, 3), (4, 3)  # as encoders for segmentation do with their last stages
+    expected = F.unfold(x, 3, dilation=(4, 3), padding=(4, 3)).permute(0, 2, 1).flatten(0, 1)
+    assert torch.equal(SCHEMES["channel"].input_patches(layer, x)[0], expected)
+    rows = SCHEMES["spatial"].input_patches(layer, x)
+    assert rows is not None
+    assert rows.shape[1] == 3 * 5 * 5

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import onnxruntime
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend
 from rankprune.backends import onnxruntime as onnxruntime_backend
-from rankprune.backends.base import reason_of
+from rankprune.backends.base import reason_of, tensors
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.export import _difference
 
@@ -211,3 +213,49 @@ def test_a_file_that_the_runtime_cannot_read_is_not_left_behind(tmp_path):
     with pytest.raises(rp.ExportError, match="cannot be exported to onnxruntime"):
         rp.export_onnx(model, torch.randn(1, 3, 4, 4).bfloat16(), tmp_path / "half.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_older_files_weights_do_not_stay_beside_a_new_one(tmp_path, monkeypatch):
+    model, x = small_network()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_backend, "LIMIT", 8)
+        rp.export_onnx(model, x, tmp_path / "net.onnx")
+    assert {f.name for f in tmp_path.iterdir()} == {"net.onnx", "net.onnx.data"}
+    rp.export_onnx(model, x, tmp_path / "net.onnx")
+    assert {f.name for f in tmp_path.iterdir()} == {"net.onnx"}
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+
+
+class Wrapped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Answer:
+        return Answer(super().forward(x), (x,))
+
+
+class Silent(nn.Linear):
+    def forward(self, x: torch.Tensor) -> str:
+        return "nothing to compare"
+
+
+def test_dataclasses_are_compared_and_what_holds_no_tensors_is_refused(tmp_path):
+    torch.export.register_dataclass(Answer, serialized_type_name="test_export.Answer")
+    x = torch.randn(2, 4)
+    found = Wrapped(4, 3)(x)
+    assert all(a is b for a, b in zip(tensors([found, {"again": found}]), [found.logits, x] * 2, strict=True))
+    assert rp.export_onnx(Wrapped(4, 3), x, tmp_path / "net.onnx") < 1e-5
+    with pytest.raises(rp.ExportError, match="returns no tensors, so there is nothing to export"):
+        rp.export_onnx(Silent(4, 3), x, tmp_path / "other.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_an_encoder_with_a_padding_mask_is_compared_as_it_is_exported(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, mask = nn.TransformerEncoder(layer, 2), torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    x = {"src": torch.randn(2, 6, 16), "src_key_padding_mask": mask}
+    assert rp.export_onnx(model, x, tmp_path / "encoder.onnx", dynamic_batch=False) < 1e-4

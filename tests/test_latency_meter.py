@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,51 +213,6 @@ def test_a_layer_that_runs_twice_counts_twice() -> None:
     assert second.pair_ns["spatial"][16] == pytest.approx(2 * first.pair_ns["spatial"][16], rel=1e-4)
 
 
-class Configured(nn.Sequential):
-    """Keeps how it computes in a configuration, like the models of transformers."""
-
-    class Config:
-        def __init__(self, attention: str) -> None:
-            self._attn_implementation = attention
-
-        def to_json_string(self) -> str:
-            return '{"width": 32}'
-
-    def __init__(self, attention: str) -> None:
-        super().__init__(nn.Linear(32, 32))
-        self.config = self.Config(attention)
-
-
-def test_networks_that_look_alike_are_other_networks() -> None:
-    x = torch.randn(2, 4, 32)
-    one, two = (nn.TransformerEncoderLayer(32, heads, 64, batch_first=True).eval() for heads in (1, 4))
-    assert str(one) == str(two)
-    wrapped, plain = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
-    forward = wrapped.forward
-    wrapped.forward = lambda x: forward(x)
-    eager, fused = Configured("eager"), Configured("sdpa")
-    for a, b in ((one, two), (wrapped, plain), (eager, fused)):
-        assert meter._described(a, x) == meter._described(a, x) != meter._described(b, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        narrow = meter._described(plain, x)
-    assert narrow != meter._described(plain, x)
-
-
-def test_networks_that_differ_in_the_code_of_their_forward_only_are_told_apart() -> None:
-    def kind(forward: Any) -> type[nn.Module]:
-        return type("Net", (nn.Sequential,), {"forward": forward})
-
-    def once(self: nn.Sequential, x: Tensor) -> Tensor:
-        return self[0](x)
-
-    def sorted_first(self: nn.Sequential, x: Tensor) -> Tensor:
-        return self[0](x.sort().values)
-
-    x = torch.randn(2, 8)
-    first, again, other = (kind(forward)(nn.Linear(8, 8)) for forward in (once, once, sorted_first))
-    assert meter._described(first, x) == meter._described(again, x) != meter._described(other, x)
-
-
 def test_a_model_that_was_moved_is_timed_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     class Here(own_clock.Timeless):
         cpu_only = True
@@ -369,3 +325,28 @@ def test_attention_and_several_outputs_can_be_measured(backend: str) -> None:
     x = torch.randn(2, 4, 16)
     table = measured(TwoHeads().eval(), x, rp.Budget(latency=1.0, backend=backend))
     assert table.layers.keys() == {"body.layers.0.linear1", "body.layers.0.linear2", "left"}
+
+
+def test_in_a_channels_last_network_only_convolutions_get_such_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+
+    def timed(self: meter.Meter, models: Sequence[nn.Module], x: Tensor, *more: Any) -> tuple[list[float], float]:
+        given[type(models[0][0])] = x
+        return [1.0] * len(models), 0.0
+
+    monkeypatch.setattr(meter.Meter, "_time", timed)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
+    for name, scheme in (("0", "spatial"), ("1", "linear")):
+        subject = Subject(model[int(name)], ((2, 16, 6, 4),), {SCHEMES[scheme]: [2]})
+        measure_layer(model, torch.randn(2, 16, 8, 6), name, subject, "timeless")
+    assert given[nn.Conv2d].is_contiguous(memory_format=torch.channels_last)
+    assert given[nn.Linear].is_contiguous()
+
+
+def test_channels_last_is_known_in_three_dimensions_too() -> None:
+    layer = nn.Conv3d(8, 8, 3).to(memory_format=torch.channels_last_3d)
+    plan = rp.make_plan(nn.Sequential(layer, nn.Linear(4, 4)), rule=rp.FixedRank(4), scheme="spatial", include=["0"])
+    (first, second), _ = rp.decompose(nn.Sequential(layer, nn.Linear(4, 4)), plan)
+    assert all(half.weight.is_contiguous(memory_format=torch.channels_last_3d) for half in (first, second))
+    assert not any(half.weight.is_contiguous() for half in (first, second))
+    assert meter.Setting.of(layer, "eager").memory_format == "channels_last"

@@ -44,6 +44,10 @@ class DoubledConv(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Marked(Tensor):
+    """A tensor of a type of its own, as quantized and semi-structured ones are."""
+
+
 class OnFields(nn.Module):
     """Sees the 16 features as a picture of 4 channels."""
 
@@ -196,6 +200,19 @@ def assert_left_alone(model: Net, name: str, reason: str, example_inputs: Tensor
 def test_what_cannot_be_decomposed_is_skipped_with_a_reason(case: str, counted: bool) -> None:
     make, name, reason = (RUNNING | IDLE)[case]
     assert_left_alone(Net(make(), runs=case in RUNNING), name, reason, torch.randn(8, 16) if counted else None)
+
+
+def test_weights_that_are_no_plain_tensors_are_skipped_with_a_reason() -> None:
+    sparse, marked, cut = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv2d(8, 8, 3)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse())
+    marked.weight = nn.Parameter(marked.weight.detach().as_subclass(Marked))
+    cut.weight.data = cut.weight.data[:4]  # pruned by hand: out_channels says 8
+    model = nn.ModuleList([nn.Conv2d(3, 8, 3), sparse, marked, cut, nn.Linear(8, 8), nn.Linear(8, 4)])
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    assert plan.skipped["1"] == "its weight is of layout torch.sparse_coo"
+    assert plan.skipped["2"] == "its weight is a Marked, no plain tensor"
+    assert plan.skipped["3"] == "its weight of shape (4, 8, 3, 3) is not what its other attributes say: (8, 8, 3, 3)"
+    assert plan.ranks == {"4": 2}
 
 
 def test_a_layer_that_does_not_run_is_skipped_where_example_inputs_tell() -> None:

@@ -1,5 +1,7 @@
 """Activation-aware truncation: input covariances of layers, gathered by running the model on calibration inputs."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from rankprune.schemes import Scheme
 
 _HELD = 2**28
 """How many values the covariances that are gathered together have at most; each takes 24 bytes in the end."""
+_UNROLLED = 2**24
+"""How many values the windows under a kernel have at most that are looked at together; each takes 12 bytes."""
 
 Layers = Mapping[tuple[str, str], tuple[nn.Module, Scheme[Any]]]
 """Modules and schemes by (layer name, scheme name)."""
@@ -36,8 +40,14 @@ class Whitening:
         return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
 
     def undo(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of a whitened stack -> factors of the stack itself. Shapes: (stack, rows, r), (stack, r, columns)."""
-        return (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
+        """Factors of a whitened stack -> of the stack itself, none much larger than the other, as linalg.factors has them.
+
+        Shapes: (stack, rows, r), (stack, r, columns).
+        """
+        left, right = (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
+        norms = left.norm(dim=(-2, -1), keepdim=True), right.norm(dim=(-2, -1), keepdim=True)
+        scale = torch.where(norms[0] * norms[1] > 0, norms[1] / norms[0], 1.0).sqrt()
+        return left * scale, right / scale
 
 
 Whitenings = dict[tuple[str, str], Whitening]
@@ -76,15 +86,18 @@ def _values(module: nn.Module, scheme: Scheme[Any]) -> int:
 
 @torch.no_grad()
 def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> Whitenings:
-    sums: dict[tuple[str, str], Tensor] = {}  # not means: truncation does not depend on the scale
+    sums: dict[tuple[str, str], Tensor] = {}
+    samples: dict[tuple[str, str], int] = defaultdict(int)
 
     def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-            patches = scheme.input_patches(module, x)
-            if patches is not None:
-                patches = patches.double()
-                sums[key] = sums.get(key, 0) + patches.mT @ patches
+            for part in _in_few_values(module, x):
+                patches = scheme.input_patches(module, part)
+                if patches is not None:
+                    patches = patches.double()
+                    sums[key] = sums.get(key, 0) + patches.mT @ patches
+                    samples[key] += patches.shape[1]
 
         return hook
 
@@ -98,7 +111,16 @@ def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> W
             empty = False
     if empty:
         raise RankPruneError("calibration= holds no inputs; give a list of batches (an iterator is empty after its first use)")
-    return {key: _whitening(total, layers[key][1].input_on_rows, key[0]) for key, total in sums.items() if total.any()}
+    means = {key: total / samples[key] for key, total in sums.items() if total.any()}
+    return {key: _whitening(mean, layers[key][1].input_on_rows, key[0]) for key, mean in means.items()}
+
+
+def _in_few_values(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """A layer's input in parts of as many examples as unrolled have at most _UNROLLED values; at least one each."""
+    kernel = getattr(module, "kernel_size", ())
+    if x.dim() != len(kernel) + 2 or not kernel:  # of Linear layers nothing is unrolled
+        return (x,)
+    return x.split(max(1, _UNROLLED // max(1, x[0].numel() * math.prod(kernel))))
 
 
 def whitened(stacks: Mapping[tuple[str, str], Tensor], whites: Whitenings) -> dict[tuple[str, str], Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.distributed import is_sharded, reshard
 from rankprune.errors import RankPruneError
-from rankprune.layers import is_decomposable, is_matrix, is_packed, unwrap
+from rankprune.layers import is_decomposable, is_matrix, is_packed, put_in_modes, unwrap
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with: one tensor, positional arguments, or keyword arguments."""
@@ -101,8 +101,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             reshard(model)
-            for module, training in modes.items():
-                module.training = training
+            put_in_modes(modes)
             for module, before in buffers.items():
                 for name in [name for name, _ in module._buffers.items() if name not in before]:
                     delattr(module, name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rankprune.backends import BACKENDS, FileBackend
 from rankprune.backends.base import check_folder, refused, tensors
 from rankprune.backends.onnxruntime import OnnxRuntime
-from rankprune.cost import Inputs, call, undisturbed
+from rankprune.cost import Inputs, call, uncompiled, undisturbed
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.layers import unwrap
 
@@ -56,7 +56,10 @@ def _export(
     model = unwrap(model)
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         model, x = backend.placed_model(model), backend.placed(x)  # a GPU computes in another precision
-        expected = tensors(call(model, x))
+        with uncompiled(model):  # as it is exported, without the fast path of TransformerEncoder
+            expected = tensors(call(model, x))
+        if not expected:
+            raise ExportError(f"this {type(model).__name__} returns no tensors, so there is nothing to export and compare")
         draft = Path(folder) / path.name
         open_batch = backend.opens_batch if dynamic_batch is None else dynamic_batch
         try:
@@ -72,9 +75,10 @@ def _export(
                 f"the exported {type(model).__name__} differs from the model by {max(differences):.2e} (relative), more than "
                 f"{tolerance:.0e}; no file was written. If the model computes in reduced precision, give a larger tolerance"
             )
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # the weights of an older, larger ONNX file
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
-    return max(differences, default=0.0)
+    return max(differences)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

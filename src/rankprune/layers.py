@@ -3,14 +3,17 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.schemes import CONVOLUTIONS, is_linear
+from rankprune.schemes.base import Convolution
 
 _KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
@@ -54,6 +57,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def put_in_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules, parents before their children, in training or eval mode each.
+
+    By their own train() where they have one, for it may do more than set a flag: merge weights, or change a traced graph.
+    """
+    for module, training in modes.items():
+        if type(module).train is not nn.Module.train:
+            with suppress(NotImplementedError):  # as after torch.export
+                module.train(training)
+    for module, training in modes.items():
+        module.training = training
 
 
 def select(
@@ -168,6 +184,12 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return shared[name]
     if not weight.dtype.is_floating_point or torch.finfo(weight.dtype).bits < 16:
         return f"its weight is of dtype {weight.dtype}"
+    if type(weight.data) is not Tensor and not is_sharded(weight):
+        return f"its weight is a {type(weight.data).__name__}, no plain tensor"
+    if weight.layout != torch.strided:
+        return f"its weight is of layout {weight.layout}"
+    if tuple(weight.shape) != _shape_of(module):
+        return f"its weight of shape {tuple(weight.shape)} is not what its other attributes say: {_shape_of(module)}"
     if weight.is_meta:
         return "its weight is on the meta device and holds no values"
     if weight.numel() == 0:
@@ -179,6 +201,15 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
     return None if calls is None else calls[name]
+
+
+def _shape_of(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a weight by the sizes that a module names."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, Convolution)
+    sides = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels, module.in_channels)
+    return sides[0], sides[1] // module.groups, *module.kernel_size
 
 
 def _first_convolution_and_last_linear(holders: dict[str, nn.Module]) -> dict[str, str]:

@@ -187,6 +187,8 @@ class Energy(LocalRule):
 class SingularValue(LocalRule):
     """As many ranks as there are singular values of at least `minimum`, in the weight's own units.
 
+    With calibration it is in those of the layer's output: a singular value is then the root mean square of what it adds there.
+
     Every layer is projected to its rank, also where a pair of that rank would cost more than the layer.
     """
 

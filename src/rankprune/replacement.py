@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
+from rankprune.layers import put_in_modes
 
 
 def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:
@@ -44,6 +45,11 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
                 "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "
                 "TRP.finalize(into=...)"
             )
+    flags = {name: module.training for name, module in model.named_modules()}
+    modes = {copy: flags[name] for name, copy in copied.items() if name in flags}
+    modes |= {half: flags[name] for name, pair in pairs.items() for half in pair.modules()}
+    if any(module.training != training for module, training in modes.items()):  # some build themselves anew, in training mode
+        put_in_modes(modes)
     for module in small.modules():  # keep these off their fast paths, which read linear1.weight
         if isinstance(module, nn.TransformerEncoder) and any(map(_has_pairs, module.layers)):
             module.use_nested_tensor = False

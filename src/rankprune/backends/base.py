@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -212,7 +213,12 @@ def tensors(values: Any) -> list[Tensor]:
     """All tensors in a model's inputs or output, in order."""
     if isinstance(values, Tensor):
         return [values]
-    parts = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple | list) else ()
+    if isinstance(values, Mapping):
+        parts = list(values.values())
+    elif is_dataclass(values) and not isinstance(values, type):
+        parts = [getattr(values, field.name) for field in fields(values)]
+    else:
+        parts = values if isinstance(values, tuple | list) else ()
     return [tensor for part in parts for tensor in tensors(part)]
 
 

@@ -50,7 +50,8 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
         load_exactly(model, read_tensors(checkpoint), str(checkpoint))
     if artefact is not None:
         model = load(artefact, model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def example_input(shape: str, model: nn.Module) -> Tensor:

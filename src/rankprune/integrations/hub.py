@@ -184,7 +184,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
                 f"{reprlib.repr(arguments)}, which are not run on a file's word"
             )
         card_data = _read_card(folder)
-        model = load(folder, dense if isinstance(dense, nn.Module) else build(dense, arguments)).eval()
+        model = load(folder, dense if isinstance(dense, nn.Module) else build(dense, arguments))
+        model.eval()
         try:
             entries = {name: config.get(name) for name in ("builder", "arguments", "results")}
             return cls(model, plan, **entries, card_data=card_data)

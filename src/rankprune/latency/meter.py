@@ -1,28 +1,25 @@
 """Measuring networks and single layers in one setting."""
 
 import copy
-import hashlib
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.backends.base import shapes, tensors
-from rankprune.cost import Inputs, count, cpu_name, undisturbed, usable_cores
+from rankprune.cost import Inputs, cpu_name, undisturbed, usable_cores
 from rankprune.latency.cache import NOISY, LatencyCache
-from rankprune.precision import float32_products
+from rankprune.latency.signature import described, numerics_on
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
-from rankprune.schemes.base import is_channels_last
+from rankprune.schemes.base import CHANNELS_LAST, Convolution, is_channels_last
 from rankprune.timing import spread, time_together
 
 logger = logging.getLogger(__name__)
@@ -31,7 +28,6 @@ Variant = Mapping[str, tuple[str, int]]
 """The layers of a network that become pairs, with the scheme and rank of each."""
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _TRIES = 3
 
 
@@ -123,7 +119,7 @@ class Meter:
         """A layer with `tail` behind, over all its calls."""
         kind = str(subject.module.get_parameter("weight").dtype).removeprefix("torch.")
         ranks = {s.name: list(ranks) for s, ranks in subject.ranks.items()}
-        numerics = _numerics(subject.module.get_parameter("weight").device.type)
+        numerics = numerics_on(subject.module.get_parameter("weight").device.type)
         text = f"{subject.module} {kind} {[str(m) for m in tail]} {ranks} {numerics}"
         calls = [
             self._known(f"{text} on {shape}", lambda shape=shape: self._time_layer(subject, shape, tail))
@@ -136,8 +132,9 @@ class Meter:
         began = time.perf_counter()
         weight = subject.module.get_parameter("weight")
         x = torch.randn(shape, device=weight.device).to(weight.dtype)
-        if self.setting.memory_format == "channels_last" and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        order = CHANNELS_LAST.get(x.dim()) if isinstance(subject.module, Convolution) else None
+        if order is not None and self.setting.memory_format == "channels_last":
+            x = x.contiguous(memory_format=order)
         pairs = {(s.name, rank): subject.pair(s.name, rank) for s, ranks in subject.ranks.items() for rank in ranks}
         distinct = {"": copy.deepcopy(subject.module)} | {str(pair): pair for pair in pairs.values()}
         ms, noise = self._time([nn.Sequential(module, *tail).eval() for module in distinct.values()], x)
@@ -155,7 +152,7 @@ class Meter:
             self._backend.load(model, x)
             return {"spread": 0.0}
 
-        self.cache.get(f"{_described(model, x)} can be taken", load)
+        self.cache.get(f"{described(model, x)} can be taken", load)
 
     def network(
         self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant], dense_ns: int | None
@@ -169,11 +166,12 @@ class Meter:
             networks = [model]
             for variant in variants:
                 pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
-                networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs).eval())
+                networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs))
+                networks[-1].eval()  # not as a value: some train() return nothing
             ms, noise = self._time(networks, x, None if dense_ns is None else dense_ns / 1e6)
             return {"ms": ms, "spread": noise, "busy": dense_ns is not None and 1e6 * ms[0] > (1 + NOISY) * dense_ns}
 
-        found = self._known(_described(model, x, [dict(v) for v in variants]), measure)
+        found = self._known(described(model, x, [dict(v) for v in variants]), measure)
         return [round(ms * 1e6) for ms in found["ms"]], found["busy"]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -198,70 +196,6 @@ class Meter:
                 break
         assert best is not None
         return best
-
-
-def _described(model: nn.Module, x: Inputs, more: object = None) -> str:
-    """A text that differs where the network, its inputs or `more` differs."""
-    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
-    types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
-    before = [_plain_attributes(module) for module in model.modules()]
-    kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
-    after = [_plain_attributes(module) for module in model.modules()]
-    parts = [a for a, b in zip(before, after, strict=True) if a == b]  # a module may count its calls
-    code = [_code(function) for kind_of in {type(m): None for m in model.modules()} for function in _own_functions(kind_of)]
-    numerics = _numerics(next((p.device.type for p in model.parameters()), "cpu"))
-    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {code} {inputs} {numerics} {more}".encode()).hexdigest()[:16]
-    return f"{type(model).__name__} {digest} on {list(shapes(x))}"
-
-
-def _own_functions(kind: type) -> Iterator[FunctionType]:
-    """Those of a type of module and its bases, but for torch's own: a network's forward may compute what no repr shows."""
-    for base in kind.__mro__:
-        if not base.__module__.startswith("torch."):
-            yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
-
-
-def _code(function: FunctionType) -> str:
-    """What a function does, as text, without where it stands."""
-
-    def told(code: CodeType) -> list[Any]:
-        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)]
-        return [code.co_code.hex(), code.co_names, constants]
-
-    return str(told(function.__code__))
-
-
-def _numerics(device: str) -> str:
-    """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
-    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    autocast = torch.get_autocast_dtype(device) if narrowed else None
-    narrowed_by: list[object] = [float32_products()]
-    if device == "cuda":
-        cudnn = torch.backends.cudnn
-        with suppress(RuntimeError):  # of settings of both the older and the newer kind
-            narrowed_by += [cudnn.allow_tf32, cudnn.benchmark]
-    return f"autocast {autocast}, float32 {narrowed_by}"
-
-
-def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """Those that a repr may leave out, such as the number of heads, and the name of a forward that wraps the module's own."""
-    own = [(name, _plain(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-    forward = vars(module).get("forward")
-    wrapper = [] if forward is None else [("forward", getattr(forward, "__qualname__", type(forward).__qualname__))]
-    return [(name, value) for name, value in own if value is not None] + wrapper
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, texts, what holds only such, and the configuration of a transformers model; None for all else."""
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if hasattr(value, "to_json_string") and not isinstance(value, type):
-        return value.to_json_string(), getattr(value, "_attn_implementation", None)
-    return None
 
 
 @torch.no_grad()

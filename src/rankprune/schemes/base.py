@@ -67,11 +67,11 @@ class Scheme(ABC, Generic[L]):
         """empty_pair with the memory format, mode and requires_grad of `layer`; the bias is its second half's."""
         pair, dense = self.empty_pair(layer, rank), layer.get_parameter("weight")
         for half in pair:
-            half.get_parameter("weight").requires_grad_(dense.requires_grad)
+            weight = half.get_parameter("weight").requires_grad_(dense.requires_grad)
+            if is_channels_last(dense):
+                weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[dense.dim()])
         if layer.bias is not None:
             pair[1].get_parameter("bias").requires_grad_(layer.get_parameter("bias").requires_grad)
-        if is_channels_last(dense):
-            nn.utils.convert_conv2d_weight_memory_format(pair, torch.channels_last)
         return pair.train(layer.training)
 
     def pair(self, layer: L, left: Tensor, right: Tensor) -> nn.Sequential:
@@ -90,9 +90,14 @@ class Scheme(ABC, Generic[L]):
         return pair
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format in which channels come last, by the number of a tensor's axes."""
+
+
 def is_channels_last(weight: Tensor) -> bool:
-    """Whether it lies in memory in channels_last order, and in that alone."""
-    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    """Whether it lies in memory in channels_last order (in three dimensions channels_last_3d), and in that alone."""
+    order = CHANNELS_LAST.get(weight.dim())
+    return order is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=order)
 
 
 class ConvolutionScheme(Scheme[Convolution]):
@@ -158,7 +163,10 @@ def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
         return None
     spatial = len(layer.kernel_size)
     x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
-    sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(layer._reversed_padding_repeated_twice)]
+    around = layer._reversed_padding_repeated_twice  # of both sides of each axis, the last one first
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        around = [side for side in reversed(layer.padding) for _ in range(2)]  # which may have been set later
+    sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(around)]
     x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     for axis in axes:
         size, dilation = layer.kernel_size[axis], layer.dilation[axis]

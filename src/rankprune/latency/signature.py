@@ -1,0 +1,95 @@
+"""What a measurement is of, as text: two networks share a latency where these are equal, and only there.
+
+A repr tells layers and their sizes. To it come all that decides on a time and a repr leaves out: MACs, attributes such as the
+number of heads, types, the code of every forward, inputs, and in what precision this process computes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from inspect import unwrap
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankprune.backends.base import shapes, tensors
+from rankprune.cost import Inputs, count
+from rankprune.precision import float32_products
+from rankprune.schemes.base import is_channels_last
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def described(model: nn.Module, x: Inputs, more: object = None) -> str:
+    """A text that differs where the network, its inputs or `more` differs."""
+    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
+    types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
+    before = [_plain_attributes(module) for module in model.modules()]
+    kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
+    after = [_plain_attributes(module) for module in model.modules()]
+    parts = [a for a, b in zip(before, after, strict=True) if a == b]  # a module may count its calls
+    code = [_code(function) for kind_of in {type(m): None for m in model.modules()} for function in _own_functions(kind_of)]
+    numerics = numerics_on(next((p.device.type for p in model.parameters()), "cpu"))
+    digest = hashlib.sha256(f"{kind} {model} {parts} {types} {code} {inputs} {numerics} {more}".encode()).hexdigest()[:16]
+    return f"{type(model).__name__} {digest} on {list(shapes(x))}"
+
+
+def _own_functions(kind: type) -> Iterator[FunctionType]:
+    """Those of a type of module and its bases, but for torch's own: a network's forward may compute what no repr shows."""
+    for base in kind.__mro__:
+        if not base.__module__.startswith("torch."):
+            yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
+
+
+def _code(function: FunctionType) -> str:
+    """What a function does, as text, without where it stands; a decorated one and what it wraps."""
+
+    def told(code: CodeType) -> list[Any]:
+        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)]
+        return [code.co_code.hex(), code.co_names, constants]
+
+    return str([told(f.__code__) for f in (function, unwrap(function)) if isinstance(f, FunctionType)])
+
+
+def numerics_on(device: str) -> str:
+    """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = torch.get_autocast_dtype(device) if narrowed else None
+    narrowed_by: list[object] = [float32_products()]
+    if device == "cuda":
+        cudnn = torch.backends.cudnn
+        with suppress(RuntimeError):  # of settings of both the older and the newer kind
+            narrowed_by += [cudnn.allow_tf32, cudnn.benchmark]
+    return f"autocast {autocast}, float32 {narrowed_by}"
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Those that a repr may leave out, such as the number of heads, and the name of a forward that wraps the module's own."""
+    own = [(name, _plain(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    forward = vars(module).get("forward")
+    wrapper = [] if forward is None else [("forward", getattr(forward, "__qualname__", type(forward).__qualname__))]
+    return [(name, value) for name, value in own if value is not None] + wrapper
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts, functions, what holds only such, and the configuration of a transformers model; None for all else."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, partial):
+        return ["partial", _plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, MethodType):
+        return _plain(value.__func__)
+    if isinstance(value, FunctionType):
+        return [value.__qualname__, _code(value)]
+    if isinstance(value, BuiltinFunctionType):
+        return value.__qualname__
+    if hasattr(value, "to_json_string") and not isinstance(value, type):
+        return value.to_json_string(), getattr(value, "_attn_implementation", None)
+    return None
