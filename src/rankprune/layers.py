@@ -188,7 +188,7 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return f"its weight is a {type(weight.data).__name__}, no plain tensor"
     if weight.layout != torch.strided:
         return f"its weight is of layout {weight.layout}"
-    if tuple(weight.shape) != _shape_of(module):
+    if isinstance(module, Convolution) and tuple(weight.shape) != _shape_of(module):
         return f"its weight of shape {tuple(weight.shape)} is not what its other attributes say: {_shape_of(module)}"
     if weight.is_meta:
         return "its weight is on the meta device and holds no values"
@@ -203,13 +203,10 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     return None if calls is None else calls[name]
 
 
-def _shape_of(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a weight by the sizes that a module names."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    assert isinstance(module, Convolution)
-    sides = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels, module.in_channels)
-    return sides[0], sides[1] // module.groups, *module.kernel_size
+def _shape_of(layer: Convolution) -> tuple[int, ...]:
+    """The shape of a convolution's weight by the sizes that its pair would be built from."""
+    first, second = (layer.in_channels, layer.out_channels) if layer.transposed else (layer.out_channels, layer.in_channels)
+    return first, second // layer.groups, *layer.kernel_size
 
 
 def _first_convolution_and_last_linear(holders: dict[str, nn.Module]) -> dict[str, str]:
