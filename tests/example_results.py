@@ -87,3 +87,21 @@ def every_kind_of_run() -> list[dict[str, Any]]:
         wicked,
         dense("other", 70.0, model="other net"),
     ]
+
+
+def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
+    """The few fields that a table needs, of made-up figures."""
+    base = {"name": f"{method}{seed}", "model": "resnet20", "dataset": "cifar10", "method": method, "scheme": "spatial"}
+    base |= {
+        "epochs": 10,
+        "seed": seed,
+        "test_split": "test",
+        "config": {"start": "a"},
+        "macs_dense": 1000,
+        "params_dense": 100,
+    }
+    if method == "dense":
+        same = {"macs": 1000, "params": 100, "top1_dense": top1, "top1_before_decomposition": top1, "top1": top1}
+        return {**base, **same, "scheme": None, **more}
+    costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0, "ranks": {}}
+    return {**base, **costs, "top1_dense": 90.0, "top1_before_decomposition": top1, "top1": top1, **more}

@@ -7,33 +7,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rankprune as rp
-from example_results import WICKED, decomposed, every_kind_of_run
+from example_results import WICKED, decomposed, every_kind_of_run, result
 from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, with_note
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
-from rankprune.report.results import read_results, seeds_together, told_apart
+from rankprune.report.results import read_results, told_apart
 from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
-
-
-def result(method: str, top1: float, seed: int = 0, **more: object) -> dict:
-    base = {"name": f"{method}{seed}", "model": "resnet20", "dataset": "cifar10", "method": method, "scheme": "spatial"}
-    base |= {
-        "epochs": 10,
-        "seed": seed,
-        "test_split": "test",
-        "config": {"start": "a"},
-        "macs_dense": 1000,
-        "params_dense": 100,
-    }
-    if method == "dense":
-        same = {"macs": 1000, "params": 100, "top1_dense": top1, "top1_before_decomposition": top1, "top1": top1}
-        return {**base, **same, "scheme": None, **more}
-    costs = {"macs": 400, "params": 50, "ms_dense": 10.0, "ms": 5.0, "ranks": {}}
-    return {**base, **costs, "top1_dense": 90.0, "top1_before_decomposition": top1, "top1": top1, **more}
 
 
 def test_rows_hold_mean_spread_drop_and_ratios():
@@ -68,33 +51,12 @@ def test_a_training_that_decomposed_nothing_says_so():
     assert notes["Ranks over training"] == notes["Spectra"] == "No layer was decomposed."
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity"])
-def test_a_result_holds_numbers_only(tmp_path, number):
-    (tmp_path / "a.json").write_text(json.dumps(result("trp", 88.0)).replace("88.0", number))
-    with pytest.raises(rp.RankPruneError, match=f"is not JSON .{number} is no number"):
-        read_results([tmp_path / "a.json"])
-
-
 def test_the_time_that_training_waited_for_images_is_told():
     log = [{"seconds": 30.0, "input_share": 0.1}, {"seconds": 10.0, "input_share": 0.5}, {"seconds": 5.0, "input_share": None}]
     assert ("waited for input", "20.0% of the time") in config(result("trp", 88.0, log=log)).rows
     assert "waited" not in str(config(result("trp", 88.0, log=log[2:])).rows)
     at_once = [{"seconds": 0.0, "input_share": 0.0}]
     assert ("waited for input", "0.0% of the time") in config(result("trp", 88.0, log=at_once)).rows
-
-
-def test_what_a_run_builds_on_sets_experiments_apart_but_for_its_seed():
-    configs = [
-        {"start": "a", "teacher": "run:dense"},
-        {"start": "a", "teacher": "run:dense-seed1"},
-        {"start": "b", "teacher": "run:dense"},
-        {"start": "a", "teacher": "run:wide"},
-    ]
-    seeds = [0, 1, 0, 0]
-    results = [result("ours", 88.0, seed, config=settings) for seed, settings in zip(seeds, configs, strict=True)]
-    assert [len(group) for group in seeds_together(results)] == [2, 1, 1]
-    again = result("ours", 80.0, 0, config=configs[0])
-    assert [len(group) for group in seeds_together([*results, again])] == [2, 1, 1, 1]
 
 
 def test_other_images_are_told_and_drawn_apart(tmp_path):
@@ -160,24 +122,6 @@ def test_pictures_stay_in_their_folder_and_apart(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plots"]
 
 
-@pytest.mark.parametrize("field", ["top1", "macs", "ranks", "top1_before_decomposition"])
-def test_a_decomposed_result_needs_its_own_fields(tmp_path, field):
-    whole = result("trp", 88.0, ranks={})
-    (tmp_path / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
-    with pytest.raises(rp.RankPruneError, match=f"no result of an experiment: it lacks {field}"):
-        read_results([tmp_path / "a.json"])
-
-
-def test_a_dense_result_needs_all_but_ranks(tmp_path):
-    whole = result("dense", 88.0)
-    (tmp_path / "a.json").write_text(json.dumps(whole))
-    assert read_results([tmp_path / "a.json"]) == [whole]
-    for field in ("top1", "macs", "top1_dense"):
-        (tmp_path / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
-        with pytest.raises(rp.RankPruneError, match=f"it lacks {field}$"):
-            read_results([tmp_path / "a.json"])
-
-
 def test_a_dense_row_tells_its_time_but_not_how_much_faster_it_is():
     dense = result("dense", 90.0)
     timed = markdown_table(overview([dense | {"ms_dense": 10.0, "ms": 10.0}]))
@@ -189,12 +133,6 @@ def test_a_row_without_a_reference_has_no_drop():
     alone = result("trp", 88.0)
     del alone["top1_dense"]
     assert "| 88.00 |  | 400 |" in markdown_table(overview([alone]))
-
-
-def test_other_images_are_no_other_seed():
-    runs = [result("trp", 88.0, seed, train_images=images, test_images=30) for seed, images in enumerate((48, 48, 50))]
-    assert [len(group) for group in seeds_together(runs)] == [2, 1]
-    assert [len(group) for group in seeds_together([runs[0], runs[1] | {"source": "elsewhere"}])] == [1, 1]
 
 
 def test_rows_differ_by_what_they_had_help_from():
@@ -235,38 +173,6 @@ def test_panels_stand_two_by_two_and_none_is_of_dense_networks_alone(tmp_path):
     assert drawn()[0] == ["alone"]
 
 
-def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):
-    (tmp_path / "b.json").write_text(json.dumps(result("trp", 1.0)))
-    (tmp_path / "a.json").write_text(json.dumps(result("dense", 2.0)))
-    (tmp_path / "c.json").write_text("{}")
-    assert [r["method"] for r in read_results([tmp_path])] == ["dense", "trp"]
-
-
-@pytest.mark.parametrize("content", [None, "{"])
-def test_no_results_or_a_broken_one_is_an_error(tmp_path, content):
-    if content is not None:
-        (tmp_path / "a.json").write_text(content)
-    with pytest.raises(rp.RankPruneError, match=r"results of experiments|is not JSON"):
-        read_results([tmp_path])
-
-
-def test_files_and_folders_are_read_once_each(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(result("dense", 2.0)))
-    (tmp_path / "b.json").write_text(json.dumps(result("trp", 1.0)))
-    assert [r["method"] for r in read_results([tmp_path / "b.json", tmp_path])] == ["trp", "dense"]
-
-
-def test_a_file_asked_for_must_be_a_result(tmp_path):
-    (tmp_path / "a.json").write_text('{"method": "trp"}')
-    with pytest.raises(rp.RankPruneError, match="lacks config, dataset"):
-        read_results([tmp_path / "a.json"])
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(rp.RankPruneError, match="it lacks all fields"):
-        read_results([tmp_path / "a.json"])
-    with pytest.raises(rp.RankPruneError, match=r"cannot read the result .*nowhere"):
-        read_results([tmp_path / "nowhere.json"])
-
-
 def test_only_what_stands_between_the_marks_is_replaced():
     assert replace_between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(rp.RankPruneError, match="lacks the lines"):
@@ -276,13 +182,6 @@ def test_only_what_stands_between_the_marks_is_replaced():
 def test_the_readme_shows_the_table_of_the_committed_results():
     table = with_note(overview(read_results([ROOT / "benchmarks" / "results"])))
     assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text(), "run: rankprune report --into README.md"
-
-
-def test_committed_results_say_how_they_came_about():
-    for r in read_results([ROOT / "benchmarks" / "results"]):
-        assert {"config", "seed", "commit", "versions", "cpu", "date", "wall_s", "epochs"} <= set(r)
-        assert r["commit"], "a result comes from a commit"
-        assert not r["commit"].endswith("+"), "a result comes from files as committed"
 
 
 def test_a_picture_is_drawn(tmp_path):
@@ -401,12 +300,3 @@ def test_terminal_tables_take_texts_as_they_are(tmp_path):
     (wicked,) = [run for run in every_kind_of_run() if run["name"] == WICKED]
     (tmp_path / "a.json").write_text(json.dumps(wicked))
     assert WICKED in report(str(tmp_path))
-
-
-def test_settings_that_are_off_do_not_keep_seeds_apart():
-    old, new = (
-        result("trp", 88.0, seed, config=settings)
-        for seed, settings in enumerate(({"start": "a"}, {"start": "a", "photographs": None}))
-    )
-    other = result("trp", 87.0, 2, config={"start": "a", "photographs": {"size": 64}})
-    assert [len(group) for group in seeds_together([old, new, other])] == [2, 1]

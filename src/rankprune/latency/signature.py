@@ -51,7 +51,7 @@ def _code(function: FunctionType) -> str:
         constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)]
         return [code.co_code.hex(), code.co_names, constants]
 
-    return str([told(f.__code__) for f in (function, unwrap(function)) if isinstance(f, FunctionType)])
+    return str([told(f.__code__) for f in dict.fromkeys((function, unwrap(function))) if isinstance(f, FunctionType)])
 
 
 def numerics_on(device: str) -> str:
