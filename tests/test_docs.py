@@ -163,6 +163,27 @@ def test_the_extras_are_those_of_the_package() -> None:
     assert named <= defined
 
 
+def test_every_command_is_explained_with_options_that_it_has() -> None:
+    typer = pytest.importorskip("typer")
+    from rankprune.cli.app import app
+
+    def options(command: Any, name: str) -> dict[str, set[str]]:
+        if hasattr(command, "commands"):
+            nested = (options(c, f"{name} {n}".strip()) for n, c in command.commands.items())
+            return {key: value for one in nested for key, value in one.items()}
+        return {name: {option for p in command.params for option in (*p.opts, *p.secondary_opts) if option.startswith("--")}}
+
+    known = options(typer.main.get_command(app), "")
+    text = (DOCS / "command-line.md").read_text()
+    headings = " ".join(re.findall(r"^## (.*)", text, re.MULTILINE))
+    assert {name for name in known if f"`{name}`" not in headings} == set()
+    for page in (text, (ROOT / "README.md").read_text()):
+        for line in re.findall(r"^rankprune (.*)$", page, re.MULTILINE):
+            (name,) = (name for name in known if f"{line} ".startswith(f"{name} "))
+            assert set(re.findall(r"--[a-z-]+", line)) <= known[name], line
+    assert set(re.findall(r"--[a-z-]+", text)) <= set().union(*known.values(), {"--help"})
+
+
 def test_every_page_is_in_the_navigation() -> None:
     yaml = pytest.importorskip("yaml")
 
