@@ -8,8 +8,9 @@ from rankprune import backends, comparison
 from rankprune.backends import Backend, Program
 from rankprune.backends.pytorch import Eager
 from rankprune.budget import Budget
-from rankprune.cost import Inputs, parameter_count
+from rankprune.cost import parameter_count
 from rankprune.distributed import Team
+from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, meter
 from rankprune.planner import Planner
 from rankprune.timing import time_together

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from rankprune.backends import BACKENDS, Backend, FileBackend, backend_named
-from rankprune.backends.base import on_device, tensors
 from rankprune.comparison import compare
+from rankprune.inputs import on_device, tensors
 
 QUICK = ["eager", "onnxruntime", "openvino"]
 NEEDS = {"openvino": "openvino", "executorch": "executorch"}

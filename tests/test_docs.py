@@ -21,7 +21,8 @@ import own_clock
 import rankprune as rp
 from rankprune.backends import Program
 from rankprune.backends.onnxruntime import OnnxRuntime
-from rankprune.cost import Inputs, parameter_count
+from rankprune.cost import parameter_count
+from rankprune.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

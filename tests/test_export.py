@@ -8,9 +8,10 @@ from torch import nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend
 from rankprune.backends import onnxruntime as onnxruntime_backend
-from rankprune.backends.base import reason_of, tensors
+from rankprune.backends.base import reason_of
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.export import _difference
+from rankprune.inputs import tensors
 
 
 def small_network() -> tuple[nn.Module, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import rankprune as rp
 import toy
-from rankprune.backends.base import on_device
+from rankprune.inputs import on_device
 from rankprune.integrations.callback import OwnsTRP
 
 

@@ -11,7 +11,7 @@ import rankprune as rp
 from own_clock import budget, network
 from rankprune.backends import Program
 from rankprune.comparison import compare
-from rankprune.cost import Inputs
+from rankprune.inputs import Inputs
 from rankprune.latency import meter
 
 pytestmark = pytest.mark.usefixtures("cache_by_own_clock")

@@ -15,8 +15,8 @@ import rankprune as rp
 from own_clock import budget, measured, network
 from rankprune.backends import Program
 from rankprune.comparison import compare
-from rankprune.cost import Inputs
 from rankprune.distributed import Team
+from rankprune.inputs import Inputs
 from rankprune.latency import Setting, Subject, measure_layer, meter, ranks_to_try
 from rankprune.latency.cache import LatencyCache
 from rankprune.planner import Planner

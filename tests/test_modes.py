@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import own_clock
 import rankprune as rp
-from rankprune.cost import undisturbed
+from rankprune.passes import undisturbed
 
 
 class Merging(nn.Module):

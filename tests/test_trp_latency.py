@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import own_clock
 import rankprune as rp
 from rankprune.backends import Program
-from rankprune.cost import Inputs
+from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, meter
 from rankprune.latency.cache import LatencyCache
 

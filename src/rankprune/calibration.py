@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.cost import Inputs, call, check_batches, uncompiled
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs, call, check_batches
 from rankprune.linalg import bases, in_parts
+from rankprune.passes import uncompiled
 from rankprune.schemes import Scheme
 
 _HELD = 2**28

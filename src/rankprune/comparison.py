@@ -8,10 +8,11 @@ from statistics import median
 from torch import nn
 
 from rankprune.backends import BACKENDS, backend_named
-from rankprune.cost import Inputs, undisturbed
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs
 from rankprune.latency import Subject, measure_layer, ranks_to_try
 from rankprune.layers import unwrap
+from rankprune.passes import undisturbed
 from rankprune.planner import Planner
 from rankprune.ranks import RankFraction
 from rankprune.timing import spread, time_together

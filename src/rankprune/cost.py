@@ -1,14 +1,9 @@
 """What a model costs: multiply-accumulates, counted by running it, and parameters. The model is left as it was."""
 
-import os
-import platform
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankprune.distributed import is_sharded, reshard
+from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
-from rankprune.layers import is_decomposable, is_matrix, is_packed, put_in_modes, unwrap
+from rankprune.inputs import Inputs, call
+from rankprune.layers import is_decomposable, is_matrix, is_packed, unwrap
+from rankprune.passes import uncompiled
 
-Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
 _OF_A_PAIR = frozenset(dir(nn.Sequential()))
 """The attributes that a pair of layers has."""
 
@@ -59,74 +54,6 @@ class Count:
     layers: tuple[LayerCost, ...]
     functional_macs: int
     uncounted: tuple[str, ...]
-
-
-def check_batches(calibration: object) -> None:
-    """Make sure that these are several inputs and not one, whose parts would be taken for inputs.
-
-    Raises:
-        RankPruneError: for a tensor or a dict.
-    """
-    if isinstance(calibration, Tensor | Mapping):
-        kind = "tensor" if isinstance(calibration, Tensor) else type(calibration).__name__
-        raise RankPruneError(f"calibration is one {kind}: give a list of batches, each as the model is called with")
-
-
-def call(model: Callable[..., Any], x: Inputs) -> Any:
-    """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
-    if isinstance(x, Mapping):
-        return model(**x)
-    if isinstance(x, tuple | list):
-        return model(*x)
-    return model(x)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; on leaving, restore its modes, buffers and shards and the random number generators."""
-    reshard(model)
-    modes = {m: m.training for m in model.modules()}
-    buffers = {module: dict(module._buffers.items()) for module in modes}
-    buffered = [b for b in model.buffers() if not b.is_meta and not isinstance(b, nn.UninitializedBuffer)]
-    values = [(b, b.detach().clone()) for b in buffered]
-    devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        try:
-            try:
-                model.eval()
-            except NotImplementedError as error:
-                raise RankPruneError(
-                    f"this {type(model).__name__} has no eval mode, as after torch.export; use the model it was made from"
-                ) from error
-            yield
-        finally:
-            reshard(model)
-            put_in_modes(modes)
-            for module, before in buffers.items():
-                for name in [name for name, _ in module._buffers.items() if name not in before]:
-                    delattr(module, name)
-                for name, buffer in before.items():
-                    if name not in module._buffers or module._buffers[name] is not buffer:
-                        module._buffers[name] = buffer
-            for buffer, before in values:
-                if buffer.layout != torch.strided or not torch.equal(buffer, before):  # an expanded one cannot be written to
-                    buffer.copy_(before)
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """`undisturbed`, for passes that hooks watch: what is compiled in the model runs as it is, for it would call no hooks.
-
-    Nor does it meet the modes of such a pass, after which torch.compile would leave it alone for good. The fast path of
-    MultiheadAttention is off, which calls no modules, or calls them with nested tensors.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with undisturbed(model), torch.compiler.set_stance("force_eager"):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -244,32 +171,3 @@ def pair_macs(pair: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> int
         for shape in input_shapes:
             pair(torch.empty(shape, device="meta", dtype=dtype))
     return counter.get_total_flops() // 2
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has computed all it was given; nothing on a CPU."""
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)
-
-
-def usable_cores() -> int:
-    """How many processor cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system tells it."""
-    told: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            field, _, value = line.partition(":")
-            told.setdefault(field.strip(), value.strip())
-    if "CPU part" in told:  # ARM tells numbers
-        told.setdefault("model name", f"{platform.machine()} {told.get('CPU implementer')} {told['CPU part']}")
-    if sys.platform == "darwin":
-        with suppress(OSError):
-            found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-            told["model name"] = found.stdout.strip()
-    return told.get("model name") or platform.processor() or platform.machine()

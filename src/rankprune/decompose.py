@@ -8,7 +8,7 @@ from torch import nn
 
 from rankprune import linalg
 from rankprune.calibration import whitened, whitenings
-from rankprune.cost import Inputs
+from rankprune.inputs import Inputs
 from rankprune.layers import has_hooks, unwrap
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules

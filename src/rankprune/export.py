@@ -6,11 +6,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rankprune.backends import BACKENDS, FileBackend
-from rankprune.backends.base import check_folder, refused, tensors
+from rankprune.backends.base import refused
 from rankprune.backends.onnxruntime import OnnxRuntime
-from rankprune.cost import Inputs, call, uncompiled, undisturbed
 from rankprune.errors import ExportError, RankPruneError
+from rankprune.files import check_folder
+from rankprune.inputs import Inputs, call, tensors
 from rankprune.layers import unwrap
+from rankprune.passes import uncompiled, undisturbed
 
 FILE_BACKENDS = {backend.suffix: backend for backend in BACKENDS.values() if isinstance(backend, FileBackend)}
 """The backends that run files, by what the files' names end in."""
@@ -75,7 +77,8 @@ def _export(
                 f"the exported {type(model).__name__} differs from the model by {max(differences):.2e} (relative), more than "
                 f"{tolerance:.0e}; no file was written. If the model computes in reduced precision, give a larger tolerance"
             )
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # the weights of an older, larger ONNX file
+        for older in backend.sometimes_beside(path):
+            older.unlink(missing_ok=True)
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
     return max(differences)

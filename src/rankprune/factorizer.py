@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rankprune import linalg
 from rankprune.calibration import Whitenings, whitened, whitenings
-from rankprune.cost import Inputs, check_batches
 from rankprune.distributed import Team, reshard
+from rankprune.inputs import Inputs, check_batches
 from rankprune.layers import Layer
 from rankprune.linalg import Basis
 from rankprune.plan import Plan

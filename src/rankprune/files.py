@@ -1,9 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, into folders that are there."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from rankprune.errors import RankPruneError
 
 
 @contextmanager
@@ -19,3 +21,13 @@ def draft_of(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a file can be written there.
+
+    Raises:
+        RankPruneError: if there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")

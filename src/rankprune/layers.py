@@ -3,7 +3,6 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -57,19 +56,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def put_in_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Put modules, parents before their children, in training or eval mode each.
-
-    By their own train() where they have one, for it may do more than set a flag: merge weights, or change a traced graph.
-    """
-    for module, training in modes.items():
-        if type(module).train is not nn.Module.train:
-            with suppress(NotImplementedError):  # as after torch.export
-                module.train(training)
-    for module, training in modes.items():
-        module.training = training
 
 
 def select(

@@ -9,10 +9,10 @@ from torch import nn
 
 from rankprune.backends import backend_named
 from rankprune.budget import Budget
-from rankprune.cost import Inputs
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
+from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
 from rankprune.layers import unwrap
 from rankprune.plan import LayerPlan, Plan

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
-from rankprune.layers import put_in_modes
+from rankprune.passes import put_in_modes
 
 
 def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rankprune.cost import synchronizer
+from rankprune.machine import synchronizer
 
 
 class Stopwatch:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.cost import Inputs, LayerCost, count, pair_macs, parameter_count
+from rankprune.cost import LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
 from rankprune.layers import Layer, own_weight, select
 from rankprune.plan import LayerPlan

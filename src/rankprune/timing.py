@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rankprune.backends.base import Program, tensors
+from rankprune.backends.base import Program
 from rankprune.backends.pytorch import eager_program
-from rankprune.cost import Inputs, cpu_name, synchronizer, undisturbed
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs, tensors
+from rankprune.machine import cpu_name, synchronizer
+from rankprune.passes import undisturbed
 
 _SHORTEST_S = 5e-4
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from rankprune.cost import Inputs
 from rankprune.decompose import decompose
 from rankprune.distributed import Team, is_sharded, reshard
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs
 from rankprune.iteration import LowRankIteration
 from rankprune.layers import unwrap
 from rankprune.optimizer_step import (

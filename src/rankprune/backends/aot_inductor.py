@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankprune.backends.base import FileBackend, Program, export_arguments, tensors
-from rankprune.cost import Inputs, call
+from rankprune.backends.base import FileBackend, Program, export_arguments
+from rankprune.inputs import Inputs, call, tensors
 
 
 class AotInductor(FileBackend):

@@ -1,13 +1,11 @@
 """What a backend is: something that turns a PyTorch model into a program that runs elsewhere, or otherwise."""
 
-import copy
 import importlib
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rankprune.cost import Inputs, call
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.inputs import Inputs, arguments, call, each_leaf, on_device, tensors
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -161,6 +159,10 @@ class FileBackend(Backend):
     def read(self, path: Path, x: Inputs) -> Program:
         """The program in a file, for inputs like `x`, where they are."""
 
+    def sometimes_beside(self, path: Path) -> tuple[Path, ...]:
+        """The files that writing to `path` makes for some models only, of which an older one would not fit a new file."""
+        return ()
+
     def _load(self, model: nn.Module, x: Inputs) -> Program:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files open that are mapped
             path = Path(folder) / f"model{self.suffix}"
@@ -200,63 +202,6 @@ def reason_of(error: BaseException) -> str:
         causes.append(causes[-1].__cause__)
     lines = (_COLOUR.sub("", line).strip() for cause in reversed(causes) for line in str(cause).splitlines())
     return next((line for line in lines if line and not _NO_REASON.search(line)), type(error).__name__)
-
-
-def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with, as positional and keyword arguments."""
-    if isinstance(x, Mapping):
-        return (), dict(x)
-    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
-
-
-def tensors(values: Any) -> list[Tensor]:
-    """All tensors in a model's inputs or output, in order."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, Mapping):
-        parts = list(values.values())
-    elif is_dataclass(values) and not isinstance(values, type):
-        parts = [getattr(values, field.name) for field in fields(values)]
-    else:
-        parts = values if isinstance(values, tuple | list) else ()
-    return [tensor for part in parts for tensor in tensors(part)]
-
-
-def shapes(x: Inputs) -> tuple[tuple[int, ...], ...]:
-    """Those of all tensors in a model's inputs, in order."""
-    return tuple(tuple(tensor.shape) for tensor in tensors(x))
-
-
-def check_folder(path: Path) -> None:
-    """Make sure that a file can be written there.
-
-    Raises:
-        RankPruneError: if there is no such folder.
-    """
-    if not path.parent.is_dir():
-        raise RankPruneError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
-
-
-def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
-    """Inputs, in which the function has replaced all that is no tuple, list or mapping. Mappings keep their types."""
-    if isinstance(values, Mapping):
-        parts = {key: each_leaf(function, value) for key, value in values.items()}
-        if isinstance(values, MutableMapping) and type(values) is not dict:
-            copied = copy.copy(values)
-            for key, value in parts.items():  # those of transformers have no update()
-                copied[key] = value
-            return copied
-        return parts
-    if type(values) in (tuple, list):
-        return type(values)(each_leaf(function, value) for value in values)
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(each_leaf(function, value) for value in values))
-    return function(values)
-
-
-def on_device(x: Any, device: torch.device | str) -> Any:
-    """Inputs with every tensor in them, however deep, on `device`."""
-    return each_leaf(lambda a: a.to(device) if isinstance(a, Tensor) else a, x)
 
 
 def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

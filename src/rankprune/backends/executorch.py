@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, arguments, tensors
-from rankprune.cost import Inputs
+from rankprune.backends.base import FileBackend, Program
 from rankprune.errors import ExportError, MissingExtraError
+from rankprune.inputs import Inputs, arguments, tensors
 
 
 class ExecuTorch(FileBackend):

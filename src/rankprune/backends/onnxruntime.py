@@ -12,19 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import (
-    FileBackend,
-    Program,
-    SideBySide,
-    arguments,
-    check_folder,
-    export_arguments,
-    outputs_of_each,
-    reason_of,
-    tensors,
-)
-from rankprune.cost import Inputs, check_batches
+from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each, reason_of
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.files import check_folder
+from rankprune.inputs import Inputs, arguments, check_batches, tensors
 
 OPSET = 20
 """The version of ONNX's operators that files are written in."""
@@ -63,6 +54,9 @@ class OnnxRuntime(FileBackend):
                 verbose=False,
             )
 
+    def sometimes_beside(self, path: Path) -> tuple[Path, ...]:
+        return (_weights_of(path),)
+
     def read(self, path: Path, x: Inputs) -> Program:
         return _program(str(path))
 
@@ -98,6 +92,11 @@ def _quietly() -> Iterator[None]:
 
 def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(model.parameters(), model.buffers()))
+
+
+def _weights_of(path: Path) -> Path:
+    """Where the weights of a file are that has them not in it."""
+    return path.with_name(f"{path.name}.data")
 
 
 def session_options() -> Any:
@@ -161,7 +160,7 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
         raise RankPruneError(f"there is no ONNX file {str(source)!r}; export_onnx() writes one")
     check_folder(path)
     check_batches(calibration)
-    if source.with_name(f"{source.name}.data").exists():
+    if _weights_of(source).exists():
         raise ExportError(f"{source.name} keeps its weights in a file beside it, as those over 2 GB do; quantise smaller parts")
     batches = iter(calibration)
     first = next(batches, None)

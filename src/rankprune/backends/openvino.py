@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each, tensors
-from rankprune.cost import Inputs
+from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each
+from rankprune.inputs import Inputs, tensors
 
 
 class OpenVino(FileBackend):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.backends.base import Backend, Program, tensors
-from rankprune.cost import Inputs, call, uncompiled
+from rankprune.backends.base import Backend, Program
+from rankprune.inputs import Inputs, call, tensors
+from rankprune.passes import uncompiled
 
 
 class Eager(Backend):

@@ -10,7 +10,7 @@ from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, refuse
 from rankprune.cli.target import build_model, example_input
 from rankprune.cost import count as count_cost
-from rankprune.cost import undisturbed
+from rankprune.passes import undisturbed
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import logits_of, top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images

@@ -9,7 +9,6 @@ import torch
 import typer
 
 from rankprune.backends import BACKENDS, backend_named
-from rankprune.backends.base import check_folder
 from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Checkpoint, InputShape, ModelSpec, SchemeName, refuse
@@ -18,6 +17,7 @@ from rankprune.comparison import CurvePoint, compare, installed_backends, layer_
 from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
+from rankprune.files import check_folder
 from rankprune.latency import Setting
 from rankprune.latency.cache import NOISY
 from rankprune.planner import make_plan

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.checkpoint import load, load_exactly, read_tensors
-from rankprune.cost import undisturbed
 from rankprune.errors import RankPruneError
+from rankprune.passes import undisturbed
 
 
 def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None = None) -> nn.Module:

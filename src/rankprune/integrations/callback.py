@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.backends.base import on_device
-from rankprune.cost import Inputs
 from rankprune.errors import RankPruneError
+from rankprune.inputs import Inputs, on_device
 from rankprune.ranks import RankRule
 from rankprune.trp import TRP
 

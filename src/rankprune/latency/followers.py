@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from rankprune.cost import Inputs, call, uncompiled
+from rankprune.inputs import Inputs, call
+from rankprune.passes import uncompiled
 
 _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.cost import Inputs, cpu_name, undisturbed, usable_cores
+from rankprune.inputs import Inputs
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.latency.signature import described, numerics_on
+from rankprune.machine import cpu_name, usable_cores
+from rankprune.passes import undisturbed
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
 from rankprune.schemes.base import CHANNELS_LAST, Convolution, is_channels_last

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.backends.base import on_device, shapes
-from rankprune.cost import Inputs
 from rankprune.distributed import Team, is_sharded
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
+from rankprune.inputs import Inputs, on_device, shapes
 from rankprune.latency.meter import Setting, Subject, Variant
 from rankprune.latency.table import LatencyTable, correct_table, measure_table
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.backends.base import shapes, tensors
-from rankprune.cost import Inputs, count
+from rankprune.cost import count
+from rankprune.inputs import Inputs, shapes, tensors
 from rankprune.precision import float32_products
 from rankprune.schemes.base import is_channels_last
 

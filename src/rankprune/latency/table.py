@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from rankprune.backends.base import shapes
-from rankprune.cost import Inputs
 from rankprune.errors import ExportError
+from rankprune.inputs import Inputs, shapes
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant

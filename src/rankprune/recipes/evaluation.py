@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from rankprune.cost import undisturbed
 from rankprune.errors import RankPruneError
+from rankprune.passes import undisturbed
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rankprune.errors import RankPruneError
+from rankprune.machine import usable_cores
 from rankprune.recipes.batches import Batches, Normalize
 from rankprune.recipes.photographs import Box, Photographs, require_pillow, resized
 
@@ -191,5 +192,4 @@ def _loaded(
 
 def _cores() -> int:
     """The cores for each process here of a training; more workers than that would only be in each other's way."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import rankprune
-from rankprune.cost import cpu_name
 from rankprune.errors import RankPruneError
 from rankprune.files import draft_of
+from rankprune.machine import cpu_name
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import RUN, WEIGHTS
 from rankprune.recipes.settings import in_force

@@ -1,0 +1,81 @@
+"""What a model is called with."""
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankprune.errors import RankPruneError
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+
+def call(model: Callable[..., Any], x: Inputs) -> Any:
+    """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, tuple | list):
+        return model(*x)
+    return model(x)
+
+
+def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, as positional and keyword arguments."""
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors in a model's inputs or output, in order."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, Mapping):
+        parts = list(values.values())
+    elif is_dataclass(values) and not isinstance(values, type):
+        parts = [getattr(values, field.name) for field in fields(values)]
+    else:
+        parts = values if isinstance(values, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def shapes(x: Inputs) -> tuple[tuple[int, ...], ...]:
+    """Those of all tensors in a model's inputs, in order."""
+    return tuple(tuple(tensor.shape) for tensor in tensors(x))
+
+
+def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
+    """Inputs, in which the function has replaced all that is no tuple, list or mapping. Mappings keep their types."""
+    if isinstance(values, Mapping):
+        parts = {key: each_leaf(function, value) for key, value in values.items()}
+        if isinstance(values, MutableMapping) and type(values) is not dict:
+            copied = copy.copy(values)
+            for key, value in parts.items():  # those of transformers have no update()
+                copied[key] = value
+            return copied
+        return parts
+    if type(values) in (tuple, list):
+        return type(values)(each_leaf(function, value) for value in values)
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(each_leaf(function, value) for value in values))
+    return function(values)
+
+
+def on_device(x: Any, device: torch.device | str) -> Any:
+    """Inputs with every tensor in them, however deep, on `device`."""
+    return each_leaf(lambda a: a.to(device) if isinstance(a, Tensor) else a, x)
+
+
+def check_batches(calibration: object) -> None:
+    """Make sure that these are several inputs and not one, whose parts would be taken for inputs.
+
+    Raises:
+        RankPruneError: for a tensor or a dict.
+    """
+    if isinstance(calibration, Tensor | Mapping):
+        kind = "tensor" if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise RankPruneError(f"calibration is one {kind}: give a list of batches, each as the model is called with")
