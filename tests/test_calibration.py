@@ -42,10 +42,23 @@ def test_a_linear_layer_loses_the_least_that_any_factors_of_its_rank_can():
     assert plain > 1.2 * optimum
 
 
-def test_so_does_a_channel_wise_convolution():
-    model, x = nn.Sequential(nn.Conv2d(6, 10, 3, padding=1, stride=2)), correlated(8, 6, 9, 9)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 10, 3, padding=1, stride=2, bias=False),
+        nn.Conv2d(6, 10, 3, padding=2, padding_mode="reflect", bias=False),
+        nn.Conv2d(6, 10, 3, padding=2, padding_mode="replicate", bias=False),
+        nn.Conv2d(6, 10, (5, 3), padding=(4, 2), padding_mode="circular", bias=False),
+        nn.Conv1d(6, 10, 4, padding="same", bias=False),
+        nn.Conv3d(6, 10, 3, padding=1, bias=False),
+    ],
+    ids=["zeros", "reflect", "replicate", "circular", "same", "3d"],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_so_does_a_channel_wise_convolution(layer):
+    model, x = nn.Sequential(layer), correlated(8, 6, *[7] * len(layer.kernel_size))
     plain, calibrated = both(model, x, "channel", 4)
-    outputs = (model(x) - model[0].bias[:, None, None]).detach().double().movedim(1, -1).flatten(0, -2)
+    outputs = model(x).detach().double().movedim(1, -1).flatten(0, -2)
     optimum = float(torch.linalg.svdvals(outputs)[4:].square().sum())
     assert calibrated == pytest.approx(optimum, rel=1e-3)
     assert plain > 1.2 * optimum

@@ -29,7 +29,7 @@ def test_state_dict_files(tmp_path: Path, suffix: str, prefix: str) -> None:
     assert all(torch.equal(found[name], value) for name, value in STATE.items())
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema"])
 def test_nested_state_dict(tmp_path: Path, key: str) -> None:
     torch.save({"epoch": 3, key: {f"module.{n}": v for n, v in STATE.items()}, "optimizer": {}}, tmp_path / "c.pt")
     assert read_tensors(tmp_path / "c.pt").keys() == STATE.keys()

@@ -14,8 +14,10 @@ from command_line import invoke
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.backends.pytorch import Eager
 from rankprune.checkpoint import load_plan
-from rankprune.cli import main
+from rankprune.cli import demo, main
+from rankprune.recipes.experiment import Experiment, TrpConfig
 from rankprune.recipes.resnet import resnet, resnet20
+from rankprune.recipes.schedule import TrainConfig
 
 MODEL = ["--model", "rankprune.recipes.resnet:resnet20"]
 INPUT = ["--input", "1,3,32,32"]
@@ -184,9 +186,17 @@ def test_train_goes_through_to_an_artefact_and_continues_when_called_again(tmp_p
     assert second["top1"] == first["top1"]
 
 
-def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
+def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path, monkeypatch):
+    shown = []
+    demonstrate = demo.demonstrate
+    monkeypatch.setattr(demo, "demonstrate", lambda **given: shown.append(demonstrate(**given)) or shown[0])
     output = invoke("demo", "--epochs", "2", "--out", str(tmp_path / "demo"))
     assert "TRP, decomposed" in output
+    dense, plain, projected, small = shown[0].rows
+    assert [step for step, _ in shown[0].history][:2] == [10, 20], "while it trains"
+    assert plain.macs <= 0.3 * dense.macs == 0.3 * projected.macs
+    assert plain.macs == pytest.approx(small.macs, rel=0.03)
+    assert projected.top1 == small.top1
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {"artefact", "plan.json", "spectra.png"}
 
 
@@ -201,7 +211,7 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["plan", "--model", "math:sqrt", *INPUT], "called without arguments"),
         (["plan", "--model", "math:pi", *INPUT], "called without arguments"),
         (["plan", "--model", ":net", *INPUT], "package.module:callable"),
-        (["plan", *MODEL, *INPUT, "--out", "/no/such/folder/plan.json"], "No such file"),
+        (["plan", *MODEL, *INPUT, "--out", "/no/such/folder/plan.json"], "there is no folder"),
         (["train", "--data", "/no/such", "--precision", "bf16"], "precision='bf16'"),
         (["train", "--size", "64"], "--size would do nothing: resnet20 is for small images"),
         (["train", "--method", "dense", "--ramp", "0.1"], "--ramp would do nothing: --method dense decomposes nothing"),
@@ -221,6 +231,8 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path):
         (["train", "--time-batch", "8"], "--time-batch would do nothing: nothing goes by latency"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", *INPUT], "--input would do nothing: --plan says"),
+        (["decompose", *MODEL, "--out", "o"], "give the shape of one batch, like --input 1,3,224,224"),
+        ([*LATENCY, "--rule", "Budget(latency=0.5)", "--rule", "Budget(mac=0.5)"], "mac"),
         ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
         ([*LATENCY, "--plot", "/no/such/x.svg", "--layer", "layer9"], "there is no folder"),
         ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),
@@ -239,6 +251,60 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, 
     assert stop.value.code == 2
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_planned_for_counted_and_timed(tmp_path, checkpoint, dtype):
+    state = torch.load(checkpoint)["state_dict"]
+    torch.save(
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}, tmp_path / "w.pth"
+    )
+    weights = ["--checkpoint", str(tmp_path / "w.pth")]
+    small = str(tmp_path / "small")
+    invoke("decompose", *MODEL, *weights, *INPUT, "--rule", "RankFraction(0.1)", "--out", small)
+    assert rp.load(small, resnet20()).conv1.weight.dtype == dtype
+    counted = invoke("count", *MODEL, "--artefact", small, *INPUT, "--time")
+    assert re.search(r"\d ms \(median of", counted)
+    out = tmp_path / "out.json"
+    invoke(*LATENCY, "--artefact", small, "--backend", "eager", "--rounds", "2", "--out", str(out))  # the dense one in float32
+    assert len(json.loads(out.read_text())["rows"]) == 2
+
+
+class Bright(torch.nn.Module):
+    """Answers by whether the mean of all pixels is above a half."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3))
+        return torch.stack([torch.full_like(mean, 0.5), mean], 1)
+
+
+def test_images_are_normalised_as_asked_for(images, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    bright = ["evaluate", "--model", "test_cli:Bright", "--data", str(images)]
+    assert "top-1 100.00 % of 16 images" in invoke(*bright)  # shades of 40 and 200; ImageNet's mean is about 116
+    assert "top-1 50.00 %" in invoke(*bright, "--mean", "0", "0", "0")
+    assert "top-1 50.00 %" in invoke(*bright, "--mean", "0.9", "0.9", "0.9")
+    assert "top-1 50.00 %" in invoke(*bright, "--std", "1", "1", "1")
+
+
+def test_train_hands_every_option_on(images, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("rankprune.cli.train.run", lambda e, *rest: ran.append(e))
+    options = {
+        **{"method": "trp+nu", "scheme": "channel", "rule": "Energy(keep=0.9)", "every": 7, "nuclear": 0.002, "ramp": 0.25},
+        **{"freeze": 0.75, "epochs": 3, "batch": 4, "lr": 0.03, "weight-decay": 0.003, "seed": 5, "checkpoint-steps": 9},
+        **{"holdout": 2, "precision": "float32", "model": "resnet32", "start": "timm:x"},
+    }
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    invoke("train", "--data", str(images), "--out", str(tmp_path / "out"), "--no-compile", *given)
+    trp = TrpConfig("Energy(keep=0.9)", "channel", every=7, nuclear=0.002, ramp=0.25, freeze=0.75)
+    training = TrainConfig(3, 0.03, weight_decay=0.003, precision="float32", compile=False, seed=5, checkpoint_steps=9)
+    wanted = Experiment("out", "trp+nu", "resnet32", "images", "timm:x", batch=4, holdout=2, training=training, trp=trp)
+    assert ran == [wanted]
 
 
 def test_weights_in_half_precision_are_evaluated_as_others_are(tmp_path, checkpoint, images):
@@ -280,5 +346,6 @@ def test_a_module_that_cannot_be_imported(monkeypatch, capsys, tmp_path, code, s
 def test_without_typer_the_command_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from rankprune.cli import main; main()"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert outcome.returncode != 0
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: ")
     assert "pip install 'rankprune[cli]'" in outcome.stderr

@@ -186,7 +186,8 @@ BOTH = pytest.mark.parametrize("act", [rp.count, partial(rp.measure, runs=2)], i
 def test_nothing_is_disturbed(act: Callable, fails: bool) -> None:
     model, x = Stateful(fails=fails), torch.randn(3, 4)
     model.layer.eval()
-    modes = [m.training for m in model.modules()]
+    model.norm.requires_grad_(False)
+    modes, wanting = [(type(m), m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
         act(model, x)
@@ -194,7 +195,8 @@ def test_nothing_is_disturbed(act: Callable, fails: bool) -> None:
     assert not torch.is_inference_mode_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
-    assert [m.training for m in model.modules()] == modes
+    assert [(type(m), m.training) for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == wanting
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

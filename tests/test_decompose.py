@@ -103,7 +103,7 @@ def test_modes_follow() -> None:
     assert all(m.training for m in small[4].modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtype_follows(dtype: torch.dtype) -> None:
     model = convolutional(dtype=dtype)
     small = rp.decompose(model, rp.make_plan(model, rule=rp.FixedRank(2)))

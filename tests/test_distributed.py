@@ -94,6 +94,7 @@ PHOTOGRAPHS = ["[photographs]", "sizes = [8]", "test_resize = 10", "test_size = 
 
 
 @needs_gloo
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("training", "photographs"),
     [pytest.param([], [], id="images"), pytest.param(["lr = 0.001"], PHOTOGRAPHS, id="photographs", marks=pytest.mark.slow)],

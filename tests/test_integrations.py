@@ -55,7 +55,14 @@ class Named(NamedTuple):
     scale: int
 
 
-def test_example_inputs_come_to_the_models_device() -> None:
+def test_example_inputs_come_to_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("rankprune.integrations.callback.TRP", lambda model, **settings: given.update(settings))
+    OwnsTRP(rule=rp.Energy(0.9)).start(nn.Linear(4, 4, device="meta"), 10, {"x": torch.zeros(1, 4)})
+    assert given["example_inputs"]["x"].is_meta
+
+
+def test_inputs_keep_their_kinds_on_another_device() -> None:
     moved = on_device({"x": (torch.zeros(2), [torch.zeros(3), 4])}, torch.device("meta"))
     assert moved["x"][0].is_meta
     assert moved["x"][1][0].is_meta

@@ -143,6 +143,15 @@ def test_resumed_without_timing_again(
     toy.same_weights(resumed, module)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"optimizer": 1}, "optimizer=1: there are 1"), ({"submodule": "body"}, "submodule='body': Lit has no part of that name")],
+)
+def test_what_is_not_there_is_named(wrong: dict, said: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=said):
+        trainer(callback(**wrong)).fit(Lit(), loader())
+
+
 class TwoOptimizers(Lit):
     """Steps them by hand, in training_step."""
 

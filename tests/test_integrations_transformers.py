@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+import own_clock
 import rankprune as rp
 import toy
 from rankprune.integrations.transformers import TRPCallback
+from rankprune.latency.cache import LatencyCache
 
 
 def trainer(folder: Path, model: torch.nn.Module, **settings: Any) -> Trainer:
@@ -71,6 +73,27 @@ def test_the_average_of_the_weights_is_that_of_the_plain_loop(tmp_path: Path) ->
     toy.same_weights(average, expected.average)
     model.load_state_dict(average.module.state_dict())
     toy.finalizes(trp.finalize(), model)
+
+
+def test_resumed_without_timing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(cache: str, checkpoint: Path | None = None) -> tuple[TRPCallback, toy.Net]:
+        monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / cache))
+        LatencyCache._remembered.clear()
+        model = toy.Net()
+        runner = trainer(tmp_path / "run", model, save_strategy="steps", save_steps=6)
+        trp = callback(rule=rp.Budget(latency=0.6, backend="timeless"), ramp=toy.EVERY).attach(runner)
+        runner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trp, model
+
+    own_clock.add(monkeypatch, own_clock.Timeless())
+    timings = own_clock.count_timings(monkeypatch)
+    whole, model = fit("first")
+    assert timings != []
+    timings.clear()
+    trp, resumed = fit("second", tmp_path / "run" / "checkpoint-6")
+    assert timings == []
+    assert (trp.trp.steps, trp.trp.history, trp.trp.plan) == (20, whole.trp.history, whole.trp.plan)
+    toy.same_weights(resumed, model)
 
 
 @pytest.mark.parametrize("moved", [False, True])

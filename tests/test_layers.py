@@ -1,5 +1,6 @@
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -373,15 +374,20 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model, x = Net(nn.Linear(16, 16)), torch.randn(2, 16)
     assert unwrap(wrap(model)) is model
     plan = rp.make_plan(wrap(model), x, rule=rp.FixedRank(2))
     assert plan == rp.make_plan(model, x, rule=rp.FixedRank(2))
     small = rp.decompose(wrap(model), plan)
     assert type(small) is Net
-    project(model, plan)
+    project(wrap(model), plan)
     assert torch.allclose(small(x), model(x), atol=1e-5)
+    rp.save(tmp_path, wrap(small), plan)
+    loaded = rp.load(tmp_path, wrap(Net(nn.Linear(16, 16))))
+    assert type(loaded) is Net
+    assert torch.equal(loaded(x), small(x))
+    rp.export_onnx(wrap(small), x, tmp_path / "small.onnx")
 
 
 def test_flat_shards_are_refused_with_what_to_use_instead() -> None:

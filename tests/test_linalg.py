@@ -17,7 +17,7 @@ SPECTRA = {
     "linear, tiny": lambda k: torch.linspace(1e-12, 1e-15, k, dtype=torch.float64),
     "cliff to 1e-4": lambda k: torch.where(torch.arange(k) < k // 2, 1.0, torch.linspace(2e-4, 1e-4, k).double()),
 }
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def matrix_with(values: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -182,6 +182,13 @@ def test_a_weight_that_is_not_finite_names_its_layer(guilty: int, bad: float, dt
         linalg.bases(stacks, names)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float32, 3e38)])
+def test_a_large_weight_is_finite_though_its_norm_is_not(dtype: torch.dtype, value: float) -> None:
+    stack = torch.full((1, 4, 6), value, dtype=dtype)
+    (basis,) = linalg.bases([stack], ["large"])
+    torch.testing.assert_close(linalg.project(stack, basis, 1), stack, rtol=1e-2, atol=0)
+
+
 def refusing(*_: object, **__: object) -> None:
     raise torch.linalg.LinAlgError("did not converge")
 
@@ -196,9 +203,12 @@ def not_finite(matrix: Tensor, **_: object) -> tuple[Tensor, ...]:
 def test_a_failed_factorisation_is_tried_again_by_a_float64_svd(monkeypatch: pytest.MonkeyPatch, broken) -> None:
     stacks = [torch.randn(2, 6, 10), torch.randn(1, 10, 6)]
     expected = [linalg.project(s, factored(s), 3) for s in stacks]
+    moved, cpu = [], Tensor.cpu
     monkeypatch.setattr(torch.linalg, "eigh", broken)
+    monkeypatch.setattr(Tensor, "cpu", lambda self: moved.append(tuple(self.shape)) or cpu(self))
     for stack, basis, right in zip(stacks, linalg.bases(stacks, ["a", "b"]), expected, strict=True):
         assert torch.allclose(linalg.project(stack, basis, 3), right, atol=1e-5)
+    assert moved == [(6, 10), (6, 10), (10, 6)]
 
 
 def test_a_large_layer_whose_start_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,15 @@ def images() -> Tensor:
 def state(model: nn.Module) -> dict[str, Any]:
     """All that planning could disturb."""
     tensors = {k: (v, v.clone()) for k, v in (*model.named_parameters(), *model.named_buffers())}
-    return {"tensors": tensors, "modes": [m.training for m in model.modules()], "rng": torch.get_rng_state()}
+    modes = [(type(m), m.training) for m in model.modules()]
+    wanting = [p.requires_grad for p in model.parameters()]
+    return {"tensors": tensors, "modes": modes, "wanting": wanting, "rng": torch.get_rng_state()}
 
 
 def assert_undisturbed(model: nn.Module, before: dict[str, Any]) -> None:
     now = state(model)
     assert now["modes"] == before["modes"]
+    assert now["wanting"] == before["wanting"]
     assert torch.equal(now["rng"], before["rng"])
     assert now["tensors"].keys() == before["tensors"].keys()
     for name, (tensor, value) in before["tensors"].items():

@@ -108,6 +108,12 @@ def test_ranks_are_rounded_up_to_a_multiple_or_the_full_rank(rank: int, round_to
     assert FixedRank(rank).choose({"layer": layer}, Cost(1000, 7000))["layer"].rank == expected
 
 
+@pytest.mark.parametrize(("fraction", "rank"), [(0.29, 29), (0.57, 57), (0.299, 29), (0.58, 58)])
+def test_a_fraction_is_what_it_says_in_decimals(fraction: float, rank: int) -> None:
+    layer = [candidate(torch.ones(100), 1, 100)]  # 0.29 * 100 is 28.999999999999996
+    assert Budget(macs=fraction).choose({"layer": layer}, Cost(100, 700))["layer"].rank == rank
+
+
 def test_break_even_is_judged_after_rounding() -> None:
     layer = [candidate(torch.ones(10), 10, 60, round_to=4)]
     assert FixedRank(4).choose({"layer": layer}, Cost(60, 420))["layer"].rank == 4

@@ -53,7 +53,8 @@ ALWAYS = {
     *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
     *("source", "test_digest", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "wall_s", "log"),
     *("macs_dense", "params_dense"),
-    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_batch", "ms_spread"),
+    *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_threads", "ms_batch"),
+    "ms_spread",
 }
 DECOMPOSED = {"ranks", "plan", "spectra"}
 TINY = Experiment("tiny", dataset="tiny", batch=16, training=TrainConfig(epochs=1, lr=0.02, compile=False))
@@ -114,6 +115,32 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
     assert not torch.equal(tuned["layer1.0.conv1.0.weight"], plain["layer1.0.conv1.0.weight"])
 
 
+def test_a_run_trains_by_its_settings_and_learns_from_its_teacher(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.models.mkdir()
+    for seed, name in enumerate(("start.th", "teacher.th")):
+        torch.manual_seed(seed + 7)
+        torch.save(resnet("resnet20", 4).state_dict(), folders.models / name)
+    training = replace(TINY.training, epochs=4, distill=0.4, weight_decay=3e-4)
+    settings = TrpConfig("Energy(0.7)", "channel", every=2, ramp=0.25, freeze=0.5, nuclear=2e-3, nuclear_cadence="projection")
+    made, trained = [], []
+    pruning, train = runner.TRP, runner.train
+    monkeypatch.setattr(runner, "TRP", lambda model, **given: made.append(given) or pruning(model, **given))
+    monkeypatch.setattr(runner, "train", lambda model, **given: trained.append(given) or train(model, **given))
+    e = replace(TINY, method="trp+nu", start="start.th", teacher="teacher.th", training=training, trp=settings)
+    result = run(e, folders)
+    given = {name: value for name, value in made[0].items() if name != "example_inputs"}
+    steps = {"every": 2, "ramp": 3, "freeze": 6, "nuclear": 2e-3, "nuclear_cadence": "projection"}  # of 12
+    assert given == {"rule": rp.Energy(0.7), "scheme": "channel", **steps}
+    assert result["config"]["trp"]["nuclear"] == 2e-3
+    assert trained[0]["config"] == training
+    taught = torch.load(folders.models / "teacher.th")
+    assert all(torch.equal(value, taught[name]) for name, value in trained[0]["teacher"].state_dict().items())
+    trained.clear()
+    run(replace(e, name="by the start", teacher=None), folders)
+    begun = torch.load(folders.models / "start.th")
+    assert all(torch.equal(value, begun[name]) for name, value in trained[0]["teacher"].state_dict().items())
+
+
 def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
     e = replace(TINY, name="again", training=replace(TINY.training, epochs=2), trp=TrpConfig(every=2))
     with pytest.raises(KilledError):
@@ -155,6 +182,7 @@ def test_a_network_under_a_budget_of_latency_is_timed_on_the_batch_of_the_budget
     for batch in (None, 8):
         result = run(replace(e, trp=replace(e.trp, batch=batch)), folders)
         assert result["ms_batch"] == (batch or 1)
+        assert result["ms_threads"] == torch.get_num_threads()
         assert result["ms"] == pytest.approx(result["plan"]["ms_measured"], rel=1e-3)
         assert result["ms"] <= 0.5 * result["ms_dense"]
 

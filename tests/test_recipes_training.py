@@ -322,6 +322,24 @@ def test_top1_leaves_the_model_alone() -> None:
     exactly_same(model, before)
 
 
+def test_steps_with_a_teacher_equal_some_written_by_hand() -> None:
+    model, theirs, teacher = network(), network(), network(seed=1, dropout=0.5).train()
+    config = replace(CONFIG, epochs=1, distill=0.7, temperature=3.0, momentum=0.0, weight_decay=0.0)
+    train(model, batches(), config, teacher=teacher)
+    teacher.eval()
+    for step, (images, labels) in enumerate(batches().epoch(0)):
+        logits = theirs(images)
+        wanted = (teacher(images).detach() / 3).softmax(1)
+        divergence = (wanted * (wanted.log() - (logits / 3).log_softmax(1))).sum(1).mean()
+        loss = 0.3 * F.cross_entropy(logits, labels) + 0.7 * 9 * divergence
+        gradients = torch.autograd.grad(loss, list(theirs.parameters()))
+        with torch.no_grad():
+            for p, g in zip(theirs.parameters(), gradients, strict=True):
+                p.sub_(learning_rate(config, step, 4) * g)
+    for p, q in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_a_teacher_is_left_alone_and_taught_from_as_it_was_at_the_start() -> None:
     model, plain = network(), network()
     before = copy.deepcopy(model)

@@ -26,6 +26,17 @@ def test_overhead_is_inside_by_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.overhead == 3 / 8  # what follows the last exit does not count
 
 
+def test_a_device_that_computes_asynchronously_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    with Stopwatch().running(torch.device("cpu")), Stopwatch().running():
+        pass
+    assert waited == []
+    with Stopwatch().running(torch.device("cuda", 1)):
+        assert waited == [torch.device("cuda", 1)]
+    assert waited == [torch.device("cuda", 1)] * 2
+
+
 def test_what_a_trp_adds_and_what_to_log() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))

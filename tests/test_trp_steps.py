@@ -186,6 +186,14 @@ def test_a_step_at_a_learning_rate_of_zero_counts() -> None:
     assert (trp.steps, [step for step, _ in trp.history]) == (1, [1])
 
 
+def test_so_does_one_with_a_closure_which_has_no_gradients_before() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=1, nuclear=1e-2).attach(optimizer)
+    optimizer.step(lambda: backward(model, *next(iter(batches(1)))))
+    assert (trp.steps, [step for step, _ in trp.history]) == (1, [1])
+
+
 def test_accumulated_gradients_count_once() -> None:
     model = network()
     optimizer = sgd(model)
@@ -256,11 +264,28 @@ def test_autocast_to_bfloat16(around: str) -> None:
     assert_same(model, theirs, rtol=5e-2, atol=1e-2)
 
 
-def test_terms_follow_a_model_to_another_device() -> None:
+def test_terms_follow_a_model_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[tuple] = []
+    add = torch.Tensor.add_
+    monkeypatch.setattr(torch.Tensor, "add_", lambda self, term, **more: added.append((term, more)) or add(self, term, **more))
     with FakeTensorMode():
         weight = nn.Parameter(torch.zeros(2, 3, device="cuda"))
         weight.grad = torch.zeros_like(weight)
         add_to_gradients(torch.optim.SGD([weight]), {weight: torch.ones(2, 3)}, 0.1)
+    assert [(term.device.type, more) for term, more in added] == [("cuda", {"alpha": 0.1})]
+
+
+def test_frozen_layers_are_projected_as_others_are() -> None:
+    for exclude in ([], ["body"]):
+        model = network()
+        model.body.weight.requires_grad_(False)
+        optimizer = sgd(model)
+        before = model.body.weight.detach().clone()
+        trp = rp.TRP(model, rule=rp.Energy(0.8), exclude=exclude, every=2, nuclear=1e-2).attach(optimizer)
+        train(model, optimizer, 2)
+        assert model.body.weight.grad is None
+        assert trp.plan is not None
+        assert torch.equal(model.body.weight, before) == ("body" not in trp.plan.ranks) == bool(exclude)
 
 
 def test_a_step_within_autocast_is_as_one_without() -> None:

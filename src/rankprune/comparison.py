@@ -20,11 +20,12 @@ from rankprune.timing import spread, time_together
 
 @dataclass(frozen=True)
 class BackendTiming:
-    """A network on a backend: the median of its times in milliseconds, and their spread, (third - first quartile) / median."""
+    """A network on a backend, on so many threads: the median of its milliseconds, and (third - first quartile) / median."""
 
     network: str
     backend: str
     version: str
+    threads: int
     ms: float
     spread: float
 
@@ -62,12 +63,12 @@ def compare(
             try:
                 with backend.on_threads(threads):
                     programs = backend.load_each(list(networks.values()), x)
-                    found = time_together(programs, backend.placed(x), rounds)
+                    found, used = time_together(programs, backend.placed(x), rounds), backend.threads
             except RankPruneError as error:
                 failed[name] = str(error)
                 continue
             for network, times in zip(networks, found, strict=True):
-                timings.append(BackendTiming(network, name, backend.version, median(times), spread(times)))
+                timings.append(BackendTiming(network, name, backend.version, used, median(times), spread(times)))
     return Comparison(tuple(timings), failed)
 
 

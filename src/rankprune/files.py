@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from rankprune.errors import RankPruneError
 
@@ -14,7 +15,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
     Whoever reads `path` finds the old file or the new one, and of several processes that write it the last one's stays.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f"{path.name}.{uuid4().hex}.part")  # processes in containers have equal numbers
     try:
         yield draft
         os.replace(draft, path)

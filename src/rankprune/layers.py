@@ -103,7 +103,8 @@ def select(
     layers = tuple(Layer(name, holders[name]) for name, reason in reasons.items() if reason is None)
     skipped = tuple(Skipped(name, holders[name], reason) for name, reason in reasons.items() if reason is not None)
     if not layers:
-        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:4]) or "it holds no convolution and no linear layer"
+        asked = sorted(skipped, key=lambda s: not any(fnmatchcase(s.name, p) for p in include or ()))
+        why = "; ".join(f"{s.name}: {s.reason}" for s in asked[:4]) or "it holds no convolution and no linear layer"
         raise RankPruneError(f"{type(model).__name__} has no layer to decompose ({why}); see include= and exclude=")
     return Selection(layers, skipped)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
     """Time several models in turn within one loop, so that a change of the machine's speed hits all of them alike."""
     if runs < 1:
         raise RankPruneError(f"runs={runs}: give at least one run")
-    first = next(t for m in models.values() for t in (*m.parameters(), torch.empty(0)))
+    held = (t for m in models.values() for t in m.parameters())
+    first = next(chain(held, tensors(x)), torch.empty(0))
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model))

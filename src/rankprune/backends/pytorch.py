@@ -32,7 +32,9 @@ class Compiled(Backend):
     ranks = 6
 
     def _load(self, model: nn.Module, x: Inputs) -> Program:
-        return eager_program(model, x, torch.compile(model, dynamic=False))
+        # Older versions keep on disk what they compiled, also for another number of threads.
+        options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
+        return eager_program(model, x, torch.compile(model, dynamic=False, options=options))
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The command line. It needs the extra "cli"."""
 
 import sys
+from typing import NoReturn
 
 from rankprune.errors import MissingExtraError, RankPruneError
 
@@ -12,9 +13,13 @@ def main() -> None:
     except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(str(MissingExtraError(error.name, "cli")))
+        _end(MissingExtraError(error.name, "cli"))
     try:
         app()
     except (RankPruneError, OSError) as error:
-        print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        _end(error)
+
+
+def _end(error: Exception) -> NoReturn:
+    print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
+    sys.exit(2)

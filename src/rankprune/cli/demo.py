@@ -9,13 +9,15 @@ from rankprune.checkpoint import save
 from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.projection import planned_spectra
 from rankprune.recipes.digits import demonstrate
-from rankprune.report.plots import plot_training
+from rankprune.report.plots import plot_training, require_matplotlib
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("rankprune-demo"), epochs: int = 15, seed: int = 0
 ) -> None:
     """Make a small network for handwritten digits smaller, in one shot and by TRP with the same budget."""
+    require_matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
     with TrainingBars(epochs) as bars:
         shown = demonstrate(epochs=epochs, seed=seed, on_step=bars.update)
     dense = shown.rows[0]

@@ -1,6 +1,7 @@
 """rankprune bench latency."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,15 @@ from rankprune.backends import BACKENDS, backend_named
 from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Checkpoint, InputShape, ModelSpec, SchemeName, refuse
-from rankprune.cli.target import build_model, example_input
-from rankprune.comparison import CurvePoint, compare, installed_backends, layer_curve
+from rankprune.cli.target import build_model, dtype_of, example_input
+from rankprune.comparison import Comparison, CurvePoint, compare, installed_backends, layer_curve
 from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.errors import RankPruneError
 from rankprune.files import check_folder
 from rankprune.latency import Setting
 from rankprune.latency.cache import NOISY
+from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.ranks import RankRule
 from rankprune.recipes.record import provenance, write
@@ -75,42 +77,32 @@ def bench_latency(
         refuse(context, "scheme", because="--artefact is decomposed already; give a --rule or a --layer as well")
     for name in backend or ():
         backend_named(name).require()
+    texts = rule or ([] if artefact else ["Budget(macs=0.5)"])
+    rules = {text: _with_threads(parse_rule(text), threads) for text in texts}
     backends = list(dict.fromkeys(backend or installed_backends()))
     torch.manual_seed(SEED)
     dense = build_model(model, checkpoint)
     x = example_input(input, dense)
-    networks, predicted, plans, planning_s = {DENSE: dense}, {}, {}, {}
+    networks = {DENSE: dense}
     if artefact is not None:
-        networks[f"artefact {artefact}"] = build_model(model, artefact=artefact)
+        networks[f"artefact {artefact}"] = build_model(model, artefact=artefact).to(dtype_of(dense))
     curve = [] if layer is None else layer_curve(dense, x, layer, backends[0], scheme=scheme, threads=threads)
     if layer is not None:
         _show_curve(f"{layer} of {model.split(':')[-1]}, {backends[0]}", curve, plot)
-    rules = rule or ([] if artefact else ["Budget(macs=0.5)"])
-    for text in rules:
-        parsed, began = _with_threads(parse_rule(text), threads), time.perf_counter()
-        plan = make_plan(dense, x, scheme=scheme, rule=parsed)
+    plans: dict[str, Plan] = {}
+    planning_s: dict[str, float] = {}
+    for text, parsed in rules.items():
+        began = time.perf_counter()
+        plans[text] = make_plan(dense, x, scheme=scheme, rule=parsed)
         planning_s[text] = round(time.perf_counter() - began, 1)
-        networks[text] = decompose(dense, plan)
-        plans[text] = {name: [e.scheme, e.rank] for name, e in plan.decomposed.items()}
-        if isinstance(parsed, Budget) and plan.ms and plan.ms_dense:
-            predicted[text, parsed.backend, _count(parsed.threads)] = plan.ms_dense / plan.ms
-    macs = {name: count(network, x).macs for name, network in networks.items()}
+        networks[text] = decompose(dense, plans[text])
     found = compare(networks, x, backends, threads=threads, rounds=rounds)
     if not found.timings:
         raise RankPruneError(f"no backend could be measured: {'; '.join(f'{n}: {why}' for n, why in found.failed.items())}")
-    base = {t.backend: t.ms for t in found.timings if t.network == DENSE}
-    rows: list[dict[str, Any]] = [
-        {
-            **asdict(t),
-            "speedup": base[t.backend] / t.ms,
-            "macs": macs[t.network],
-            "macs_speedup": macs[DENSE] / macs[t.network],
-            "predicted_speedup": predicted.pop((t.network, t.backend, _count(threads)), None),
-        }
-        for t in found.timings
-    ]
-    _show_rows(f"{model} on {input}, {_count(threads)} threads", rows)
-    for text, name, used in predicted:
+    predicted = _predictions(rules, plans)
+    rows = _rows(found, predicted, {name: count(network, x).macs for name, network in networks.items()})
+    _show_rows(f"{model} on {input}", rows)
+    for text, name, used in predicted.keys() - {(r["network"], r["backend"], r["threads"]) for r in rows}:
         say(f"{text}: predicted {predicted[text, name, used]:.2f}x in {name} with {used} threads, which is not measured here")
     for name, reason in found.failed.items():
         say(f"{name}: {reason}")
@@ -119,12 +111,37 @@ def bench_latency(
     if any(r["spread"] > NOISY for r in rows):
         say(f"times vary by more than {NOISY:.0%}: stop what else runs on this machine and try again")
     if out is not None:
-        setting = {"model": model, "input": input, "scheme": scheme, "rules": rules, "rounds": rounds, "threads": threads}
+        setting = {"model": model, "input": input, "scheme": scheme, "rules": texts, "rounds": rounds, "threads": threads}
         settings = {name: asdict(Setting.of(dense, name, threads)) for name in dict.fromkeys(t.backend for t in found.timings)}
-        result = {"benchmark": "latency", "config": setting, "seed": SEED, "settings": settings, "rows": rows, "plans": plans}
+        ranks = {text: {n: [e.scheme, e.rank] for n, e in plan.decomposed.items()} for text, plan in plans.items()}
+        result = {"benchmark": "latency", "config": setting, "seed": SEED, "settings": settings, "rows": rows, "plans": ranks}
         result |= {"planning_s": planning_s, "failed": dict(found.failed)}
         result |= {"layer": layer, "curve": [asdict(p) for p in curve]} if curve else {}
         say(f"result  {write({**result, **provenance()}, out)}")
+
+
+def _predictions(rules: Mapping[str, RankRule], plans: Mapping[str, Plan]) -> dict[tuple[str, str, int], float]:
+    """By rule, backend and threads: how many times faster a budget of latency expects the network to be."""
+    found = {}
+    for text, rule in rules.items():
+        ms, dense = plans[text].ms, plans[text].ms_dense
+        if isinstance(rule, Budget) and ms and dense:
+            found[text, rule.backend, rule.threads or backend_named(rule.backend).threads] = dense / ms
+    return found
+
+
+def _rows(found: Comparison, predicted: Mapping[tuple[str, str, int], float], macs: Mapping[str, int]) -> list[dict[str, Any]]:
+    base = {t.backend: t.ms for t in found.timings if t.network == DENSE}
+    return [
+        {
+            **asdict(t),
+            "speedup": base[t.backend] / t.ms,
+            "macs": macs[t.network],
+            "macs_speedup": macs[DENSE] / macs[t.network],
+            "predicted_speedup": predicted.get((t.network, t.backend, t.threads)),
+        }
+        for t in found.timings
+    ]
 
 
 def _with_threads(rule: RankRule, threads: int | None) -> RankRule:
@@ -132,10 +149,6 @@ def _with_threads(rule: RankRule, threads: int | None) -> RankRule:
     if isinstance(rule, Budget) and rule.latency is not None and rule.threads is None:
         return replace(rule, threads=threads)
     return rule
-
-
-def _count(threads: int | None) -> int:
-    return threads or torch.get_num_threads()
 
 
 def _show_curve(title: str, curve: list[CurvePoint], plot: Path | None) -> None:
@@ -149,11 +162,12 @@ def _show_curve(title: str, curve: list[CurvePoint], plot: Path | None) -> None:
 def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
     show_table(
         title,
-        ["network", "backend", "ms", "spread", "faster", "predicted", "fewer MACs"],
+        ["network", "backend", "threads", "ms", "spread", "faster", "predicted", "fewer MACs"],
         [
             (
                 r["network"],
                 r["backend"],
+                str(r["threads"]),
                 f"{r['ms']:.2f}",
                 f"{r['spread']:.0%}",
                 f"{r['speedup']:.2f}x",

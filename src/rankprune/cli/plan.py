@@ -10,6 +10,8 @@ from rankprune.cli.console import say
 from rankprune.cli.options import Checkpoint, Exclude, Include, InputShape, ModelSpec, RoundTo, Rule, SchemeName, refuse
 from rankprune.cli.target import build_model, example_input
 from rankprune.decompose import decompose as decompose_model
+from rankprune.errors import RankPruneError
+from rankprune.files import check_folder
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.rules import parse_rule
@@ -27,6 +29,8 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
 ) -> None:
     """Show which layers would be decomposed, at which rank, and what that saves."""
+    if out is not None:
+        check_folder(out)
     dense = build_model(model, checkpoint)
     made = make_plan(
         dense,
@@ -49,7 +53,7 @@ def decompose(
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     checkpoint: Checkpoint = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file; without it, one is made as by `rankprune plan`.")] = None,
-    input: Annotated[str | None, typer.Option("--input", help="Shape of one batch; not needed with --plan.")] = None,
+    input: Annotated[str | None, typer.Option("--input", help="Shape of one batch, for rules by MACs or time.")] = None,
     scheme: SchemeName = "auto",
     rule: Rule = "Budget(macs=0.5)",
     include: Include = None,
@@ -60,6 +64,8 @@ def decompose(
     if plan is not None:
         choices = ("input", "scheme", "rule", "include", "exclude", "round_to")
         refuse(context, *choices, because="--plan says already what to decompose, and at which rank")
+    elif input is None and parse_rule(rule).metric in ("macs", "latency"):
+        raise RankPruneError(f"{rule} counts MACs or time: give the shape of one batch, like --input 1,3,224,224")
     dense = build_model(model, checkpoint)
     x = None if input is None else example_input(input, dense)
     made = (

@@ -57,16 +57,25 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
 def example_input(shape: str, model: nn.Module) -> Tensor:
     """A tensor of random values of the shape in a text like ``1,3,32,32``; with ``int:`` before it, of integers 0 and 1.
 
+    Values are of the dtype that the model's weights have.
+
     Raises:
         RankPruneError: for anything else, and if the model does not run on it.
     """
     x = _random(shape)
+    if x.is_floating_point():
+        x = x.to(dtype_of(model))
     try:
         with undisturbed(model):
             model(x)
     except Exception as error:
         raise RankPruneError(f"the model does not run on --input {shape} ({type(error).__name__}: {error})") from error
     return x
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of its first weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _random(shape: str) -> Tensor:

@@ -50,7 +50,9 @@ class TRPCallback(OwnsTRP, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the TRP, or take that of an earlier fit of this module, in the state of the checkpoint, and attach it."""
-        part = pl_module.get_submodule(self.submodule)
+        part = dict(pl_module.named_modules()).get(self.submodule)
+        if part is None:
+            raise RankPruneError(f"submodule={self.submodule!r}: {type(pl_module).__name__} has no part of that name")
         trp = self.trp
         if trp is None or trp.model is not unwrap(part):
             if self.needs_length and not pl_module.automatic_optimization:
@@ -81,7 +83,10 @@ class TRPCallback(OwnsTRP, Callback):
         if self._restored is not None:
             trp.load_state_dict(self._restored)  # before attach, which would time the network
             self._restored = None
-        trp.attach(trainer.optimizers[self.optimizer])
+        optimizers = trainer.optimizers
+        if not 0 <= self.optimizer < len(optimizers):
+            raise RankPruneError(f"optimizer={self.optimizer}: there are {len(optimizers)}, counted from 0")
+        trp.attach(optimizers[self.optimizer])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

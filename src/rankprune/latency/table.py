@@ -144,6 +144,11 @@ def _trials(
     meter: Meter, table: LatencyTable, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant]
 ) -> tuple[list[Trial], bool]:
     (dense, *decomposed), busy = meter.network(model, x, subjects, variants, table.network_ns or None)
+    _warn_if_noisy(meter)
+    return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)], busy
+
+
+def _warn_if_noisy(meter: Meter) -> None:
     noisy = [spread for spread in meter.spreads if spread > NOISY]
     if noisy:
         warnings.warn(
@@ -151,9 +156,8 @@ def _trials(
             f"above earlier ones, the worst by {max(noisy):.0%}: too much to go by; stop what else runs on it and "
             "try again, or budget in MACs, like Budget(macs=0.5)",
             NoisyMeasurementWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return [Trial(variant, dense, ns) for variant, ns in zip(variants, decomposed, strict=True)], busy
 
 
 def _layer(meter: Meter, name: str, subject: Subject, tail: Sequence[nn.Module]) -> LayerTimes:
@@ -167,9 +171,11 @@ def _layer(meter: Meter, name: str, subject: Subject, tail: Sequence[nn.Module])
 def measure_layer(
     model: nn.Module, x: Inputs, name: str, subject: Subject, backend: str, threads: int | None = None
 ) -> LayerTimes:
-    """Time one layer of a model by itself. Raises what measure_table does."""
+    """Time one layer of a model by itself. Raises and warns as measure_table does."""
     with Meter.metering(model, backend, threads) as meter:
-        return _layer(meter, name, subject, followers(model, x, {name: subject.module})[name])
+        times = _layer(meter, name, subject, followers(model, x, {name: subject.module})[name])
+        _warn_if_noisy(meter)
+        return times
 
 
 def _first_variants(alone: Mapping[str, LayerTimes]) -> list[Variant]:

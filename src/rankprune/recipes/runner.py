@@ -204,6 +204,7 @@ def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e:
         "ms_dense": round(times.get("dense", times["small"]).ms, 3),
         "ms": round(times["small"].ms, 3),
         "ms_backend": backend,
+        "ms_threads": times["small"].threads,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
     }

@@ -17,7 +17,7 @@ _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config
 _JUDGED = {"top1_before_decomposition", "top1", "macs", "params"}
 _COSTS = "macs_dense", "macs", "params_dense", "params"
 _TIMES = "ms_dense", "ms"
-_TIMED_ON = "cpu", "gpu", "threads", "ms_backend", "ms_batch"
+_TIMED_ON = "cpu", "gpu", "threads", "ms_threads", "ms_backend", "ms_batch"
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
@@ -95,7 +95,7 @@ def mean_of(group: Sequence[Result]) -> Result:
     means: Result = {cost: round(statistics.mean(r[cost] for r in group)) for cost in _COSTS}
     alike: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for r in filter(is_timed, group):
-        alike[tuple(r.get(field) for field in _TIMED_ON)].append(r)
+        alike[machine(r), r.get("ms_backend"), r.get("ms_batch")].append(r)
     if alike:
         timed = max(alike.values(), key=len)
         means |= {field: timed[0][field] for field in _TIMED_ON if field in timed[0]}
@@ -166,8 +166,8 @@ def is_timed(r: Result) -> bool:
 
 
 def machine(r: Result) -> str:
-    """What a result was computed on, as far as it says."""
-    threads = r.get("threads")
+    """What a result was timed on, as far as it says."""
+    threads = r.get("ms_threads", r.get("threads"))
     parts = [r.get("gpu"), r.get("cpu"), f"{threads} thread{'s' if threads != 1 else ''}" if threads else None]
     return ", ".join(part for part in parts if part)
 
