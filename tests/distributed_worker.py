@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import rankprune as rp
 from distributed_latency import latency, latency_sharded
@@ -216,6 +218,25 @@ def warm_up() -> None:
     assert trp.steps == 1, f"process {dist.get_rank()} counted {trp.steps}"
 
 
+def tensor_parallel() -> None:
+    """Layers that are split over processes are left alone, and train on beside those that are not."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    plan = rp.make_plan(model, torch.zeros(1, 16), rule=rp.FixedRank(2))
+    assert "hooks" in plan.skipped["0"], plan.skipped
+    assert "hooks" in plan.skipped["2"], plan.skipped
+    assert plan.ranks == {"4": 2}
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.FixedRank(2), every=1, example_inputs=torch.zeros(1, 16)).attach(optimizer)
+    model(torch.ones(4, 16)).square().mean().backward()
+    optimizer.step()
+    assert trp.history == [(1, {"4": 2})]
+    assert torch.linalg.matrix_rank(model[4].weight.detach(), rtol=1e-4) == 2
+
+
 def die() -> None:
     """One process is gone in the middle of a training."""
     model = nn.parallel.DistributedDataParallel(network())
@@ -239,6 +260,7 @@ if __name__ == "__main__":
         "recipe-killed": recipe_killed,
         "plan-once": plan_once,
         "warm-up": warm_up,
+        "tensor-parallel": tensor_parallel,
         "without-scatter": without_scatter,
         "resume-ddp": lambda: resume("ddp"),
         "resume-fsdp": lambda: resume("fsdp-mixed"),

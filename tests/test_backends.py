@@ -1,5 +1,4 @@
 import importlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -122,15 +121,20 @@ def test_compiled_models_of_one_class_are_all_compiled() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux shows them")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_onnx_runtime_has_as_many_threads_as_are_asked_for(threads: int) -> None:
-    backend, (model, x) = BACKENDS["onnxruntime"], network()
-    backend.load(model, x)
+def test_onnx_runtime_has_as_many_threads_as_are_asked_for() -> None:
+    code = """
+import os, torch
+from rankprune.backends import BACKENDS
+backend, model, x = BACKENDS["onnxruntime"], torch.nn.Linear(4, 4).eval(), torch.zeros(2, 4)
+backend.load(model, x)
+for threads in (1, 3):
     before = len(os.listdir("/proc/self/task"))
     with backend.on_threads(threads):
         program = backend.load(model, x)
-    assert len(os.listdir("/proc/self/task")) - before == threads - 1  # and the one that calls it
-    torch.testing.assert_close(program(x), [model(x)], rtol=1e-4, atol=1e-5)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # no others' threads
+    assert run.stdout.split() == ["0", "2"], "and the one that calls"
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "executorch"])

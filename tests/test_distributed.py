@@ -40,7 +40,11 @@ def several(*modes: str) -> object:
 
 @needs_gloo
 @pytest.mark.parametrize(
-    "modes", [several("ddp", "fsdp-root", "fsdp-mixed", "recipe", "plan-once", "warm-up"), slow(["fsdp", "without-scatter"])]
+    "modes",
+    [
+        several("ddp", "fsdp-root", "fsdp-mixed", "recipe", "plan-once", "warm-up", "tensor-parallel"),
+        slow(["fsdp", "without-scatter"]),
+    ],
 )
 def test_two_processes_equal_one(modes: tuple[str, ...]) -> None:
     run = torchrun(WORKER, *modes)

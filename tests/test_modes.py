@@ -1,5 +1,6 @@
 """Modules whose train() does more than set a flag come back from a measurement as they were, and into copies."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import own_clock
 import rankprune as rp
 from rankprune.passes import undisturbed
+
+
+def test_generators_of_its_gpus_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[int]] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(devices) or contextlib.nullcontext())
+    with FakeTensorMode():
+        model = nn.Linear(2, 2)
+        model.weight = nn.Parameter(torch.empty(2, 2, device="cuda:1"))
+        with undisturbed(model):
+            pass
+    assert kept == [[1]]
 
 
 class Merging(nn.Module):
