@@ -225,3 +225,9 @@ def test_the_scan_sees(line: str) -> None:
 @pytest.mark.parametrize("line", ["from rankprune import linalg", "linalg.bases(a, b)", "torch.nn.Linear(2, 2)"])
 def test_the_scan_lets_pass(line: str) -> None:
     assert not factorizations(line)
+
+
+def test_the_map_for_contributors_has_every_module() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    told = set(re.findall(r"`(\w+)(?:/|\.py)`", text))
+    assert {name for name in ORDER if name} - told == {"version", "__main__"}

@@ -12,9 +12,7 @@ import rankprune as rp
 from rankprune import linalg
 from rankprune.latency import Setting
 from rankprune.planner import Planner
-from rankprune.schemes import SCHEMES
-
-CHOICES = [*(name for name in SCHEMES if name != "linear"), "auto"]
+from rankprune.schemes import CHOICES
 
 
 class ConvNet(nn.Module):

@@ -10,6 +10,7 @@ from rankprune.errors import RankPruneError
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.rules import parse_rule
+from rankprune.schemes import check_choice
 
 Method = Literal["dense", "trp", "trp+nu", "ours", "decompose", "decompose+finetune"]
 
@@ -32,6 +33,7 @@ class TrpConfig:
 
     def __post_init__(self) -> None:
         parse_rule(self.rule)
+        check_choice(self.scheme)
         if not 0 <= self.ramp <= (1 if self.freeze is None else self.freeze) <= 1:
             raise RankPruneError(f"ramp={self.ramp}, freeze={self.freeze}: give fractions of the training, freeze >= ramp")
 

@@ -13,9 +13,21 @@ from rankprune.schemes.decoupled import Decoupled
 from rankprune.schemes.linear import Linear, is_linear
 from rankprune.schemes.spatial import Spatial
 
-__all__ = ["CONVOLUTIONS", "SCHEMES", "Scheme", "is_linear", "schemes_for"]
+__all__ = ["CHOICES", "CONVOLUTIONS", "SCHEMES", "Scheme", "check_choice", "is_linear", "schemes_for"]
 
 SCHEMES: Mapping[str, Scheme[Any]] = MappingProxyType({s.name: s for s in (Channel(), Spatial(), Decoupled(), Linear())})
+CHOICES = (*(name for name in SCHEMES if name != Linear.name), "auto")
+"""What users choose among, for convolutions."""
+
+
+def check_choice(scheme: str) -> None:
+    """Make sure that it is one of CHOICES.
+
+    Raises:
+        RankPruneError: if it is not.
+    """
+    if scheme not in CHOICES:
+        raise RankPruneError(f"unknown scheme {scheme!r}; choose one of {', '.join(CHOICES)}")
 
 
 def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme[Any], ...], str | None]:
@@ -29,12 +41,10 @@ def schemes_for(scheme: str, layer: nn.Module) -> tuple[tuple[Scheme[Any], ...],
     Raises:
         RankPruneError: if there is no such scheme.
     """
-    convolutional = [name for name in SCHEMES if name != Linear.name]
-    if scheme not in (*convolutional, "auto"):
-        raise RankPruneError(f"unknown scheme {scheme!r}; choose one of {', '.join([*convolutional, 'auto'])}")
+    check_choice(scheme)
     if is_linear(layer):
         return (SCHEMES[Linear.name],), None
-    wanted = [SCHEMES[name] for name in (convolutional if scheme == "auto" else [scheme])]
+    wanted = [SCHEMES[name] for name in (CHOICES[:-1] if scheme == "auto" else [scheme])]
     reasons = [s.unsupported(layer) for s in wanted]
     fitting = tuple(s for s, reason in zip(wanted, reasons, strict=True) if reason is None)
     return fitting, None if fitting else reasons[0]
