@@ -131,7 +131,7 @@ class Factorizer:
         starts = {}
         for name, entry in plan.projected.items():
             chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
-            metric = "params" if chosen.unit.macs is None else "macs"
+            metric = chosen.unit.known
             for o in self.options[name]:
                 basis, stack = factored.bases.get(o.key), factored.stacks.get(o.key)
                 rank = -(-(entry.rank or 1) * chosen.unit.of(metric) // max(o.unit.of(metric), 1))

@@ -39,7 +39,7 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
         if scheme is None or scheme.unsupported(module):
             known = ", ".join(s.name for s in SCHEMES.values() if not s.unsupported(module))
             raise RankPruneError(f"the plan gives layer {name!r} the scheme {entry.scheme!r}; it can have {known}")
-        full_rank = min(scheme.to_matrices(module, torch.empty(entry.shape, device="meta")).shape[1:])
+        full_rank = scheme.full_rank(module)
         if not 1 <= (entry.rank or 0) <= full_rank:
             raise RankPruneError(f"the plan gives layer {name!r} the rank {entry.rank}; it can have 1 to {full_rank}")
         found[name] = module

@@ -32,6 +32,11 @@ class Cost:
     params: int
     ns: int | None = None
 
+    @property
+    def known(self) -> Metric:
+        """What "cheaper" means where no rule says: MACs if they were counted."""
+        return "params" if self.macs is None else "macs"
+
     def of(self, metric: Metric) -> int:
         """The figure a rule counts in.
 
@@ -65,11 +70,6 @@ class Candidate:
     dense: Cost
     round_to: int = 1
     pair_ns: Mapping[int, int] | None = None
-
-    @property
-    def metric(self) -> Metric:
-        """What "cheaper" means where the rule does not say: MACs if they are known."""
-        return "params" if self.dense.macs is None else "macs"
 
     @property
     def full_rank(self) -> int:
@@ -148,8 +148,8 @@ class LocalRule(RankRule):
 
     def _choose(self, candidates: Sequence[Candidate]) -> Choice:
         ranked = [(c, c.rounded(self.rank_of(c.spectrum))) for c in candidates]
-        best, rank = min(ranked, key=lambda pair: pair[1] * pair[0].unit.of(pair[0].metric))
-        metric = best.metric
+        best, rank = min(ranked, key=lambda pair: pair[1] * pair[0].unit.of(pair[0].dense.known))
+        metric = best.dense.known
         cost, dense = rank * best.unit.of(metric), best.dense.of(metric)
         if cost >= dense:
             unit = "MACs" if metric == "macs" else "parameters"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankprune.cost import LayerCost, count, pair_macs, parameter_count
@@ -94,10 +93,8 @@ def subject(options: Sequence[Option], count: int, round_to: int) -> Subject:
 def _option(layer: Layer, scheme: Scheme[Any], row: LayerCost | None) -> Option:
     pair = scheme.empty_pair(layer.module, 1).to("meta")
     unit = Cost(pair_macs(pair, row.input_shapes) if row else None, sum(half.get_parameter("weight").numel() for half in pair))
-    weight = layer.module.get_parameter("weight")
-    matrices = scheme.to_matrices(layer.module, torch.empty_like(weight, device="meta"))
-    dense = Cost(row.macs if row else None, weight.numel())
-    return Option(layer, scheme, unit, dense, min(matrices.shape[1:]), row.input_shapes if row else ())
+    dense = Cost(row.macs if row else None, layer.module.get_parameter("weight").numel())
+    return Option(layer, scheme, unit, dense, scheme.full_rank(layer.module), row.input_shapes if row else ())
 
 
 def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | None) -> LayerPlan:

@@ -47,6 +47,11 @@ class Scheme(ABC, Generic[L]):
     def to_weight(self, layer: L, matrices: Tensor) -> Tensor:
         """The inverse of to_matrices: (stack, rows, columns) -> the shape of layer.weight."""
 
+    def full_rank(self, layer: L) -> int:
+        """The largest rank, k: the smaller side of its matrices."""
+        weight = torch.empty(layer.get_parameter("weight").shape, device="meta")
+        return min(self.to_matrices(layer, weight).shape[1:])
+
     @abstractmethod
     def empty_pair(self, layer: L, rank: int) -> nn.Sequential:
         """Two stock layers of rank `rank` in the place of `layer`, weights uninitialised, on its device and dtype."""
