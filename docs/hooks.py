@@ -9,7 +9,7 @@ from latex2mathml.converter import convert
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _RESULTS = re.compile(r"<!-- results: .*?-->.*?<!-- end of results -->", re.DOTALL)
-_HERE = "<!-- results -->"
+_HERE = '*The table of results: in `README.md` below "What it does", on the site here.*'
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -141,6 +141,17 @@ def test_a_run_trains_by_its_settings_and_learns_from_its_teacher(folders: Folde
     assert all(torch.equal(value, begun[name]) for name, value in trained[0]["teacher"].state_dict().items())
 
 
+def test_each_epoch_says_what_computed_it(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = replace(TINY, method="dense", training=replace(TINY.training, epochs=2))
+    monkeypatch.setattr(record, "commit", lambda: "first")
+    with pytest.raises(KilledError):
+        run(e, folders, killed_in_the_second_epoch)
+    monkeypatch.setattr(record, "commit", lambda: "second")
+    result = run(e, folders)
+    assert [entry["by"].split(", ")[0] for entry in result["log"]] == ["first", "second"]
+    assert result["commit"] == "second"
+
+
 def test_an_experiment_run_again_gives_the_same(folders: Folders) -> None:
     e = replace(TINY, name="again", training=replace(TINY.training, epochs=2), trp=TrpConfig(every=2))
     with pytest.raises(KilledError):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import rankprune as rp
-from example_results import result
-from rankprune.report.results import read_results, seeds_together
+from example_results import example, result
+from rankprune.report.results import in_order, read_results, seeds_together
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +64,17 @@ def test_a_dense_result_needs_all_but_ranks(tmp_path):
         (tmp_path / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
         with pytest.raises(rp.RankPruneError, match=f"it lacks {field}$"):
             read_results([tmp_path / "a.json"])
+
+
+def test_rows_of_one_budget_stand_together_by_scheme():
+    def row(name: str, scheme: str, fraction: str, macs: int) -> dict:
+        return example(name, "ours", scheme, macs=macs) | {"config": {"trp": {"rule": f"Budget(macs={fraction})"}}}
+
+    rows = [row("a-distilled", "spatial", "1/2", 498), row("b", "channel", "1/2", 499), row("a", "spatial", "1/2", 500)]
+    rows += [row("c", "spatial", "1/4", 249), row("d", "spatial", "1", 497)]
+    rows.append(example("e", "trp", "spatial", macs=400))
+    rows.append(example("dense", "dense", None, macs=1000) | {"config": {"trp": {"rule": "Budget(macs=0.1)"}}})
+    assert [r["name"] for r in in_order(rows)] == ["dense", "c", "e", "b", "a", "a-distilled", "d"]
 
 
 def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):

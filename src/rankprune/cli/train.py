@@ -29,7 +29,11 @@ def train(
     start: Annotated[
         str | None, typer.Option(help="Pretrained weights to go on from: a file, torchvision:NAME or timm:NAME.")
     ] = None,
-    method: Annotated[str, typer.Option(help="dense, trp, trp+nu, decompose or decompose+finetune.")] = "trp",
+    teacher: Annotated[
+        str | None, typer.Option(help="Weights of a dense network to learn from, likewise; by default those of --start.")
+    ] = None,
+    distill: Annotated[float, typer.Option(help="Weight of the teacher's answers against the labels, like 0.7.")] = 0.0,
+    method: Annotated[str, typer.Option(help="dense, trp, trp+nu, ours, decompose or decompose+finetune.")] = "trp",
     scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=1/2.2)",
     every: Annotated[int, typer.Option(help="Optimizer steps between projections.")] = 20,
@@ -62,7 +66,7 @@ def train(
     by_clock = parse_rule(rule).metric == "latency"
     trp_only, training = (
         ("every", "nuclear", "ramp", "freeze"),
-        ("epochs", "batch", "lr", "weight_decay", "precision", "compile"),
+        ("epochs", "batch", "lr", "weight_decay", "distill", "precision", "compile"),
     )
     if method == "dense":
         refuse(context, "scheme", "rule", *trp_only, because="--method dense decomposes nothing")
@@ -78,13 +82,15 @@ def train(
         method=method,  # type: ignore[arg-type]
         model=model,
         dataset=_dataset(data),
-        start=start if start is None or start.startswith((RUN, TORCHVISION, TIMM)) else str(Path(start).resolve()),
+        start=_weights(start),
+        teacher=_weights(teacher),
         batch=batch,
         holdout=holdout,
         training=TrainConfig(
             epochs=epochs,
             lr=lr,
             weight_decay=weight_decay,
+            distill=distill,
             precision=precision,  # type: ignore[arg-type]
             compile=compile,
             seed=seed,
@@ -106,6 +112,11 @@ def train(
     if data is not None:
         folders = experiments.Folders(Path(data), Path(data), out.parent)
     _run(experiment, folders, out, "result")
+
+
+def _weights(source: str | None) -> str | None:
+    """Where they come from, a file by its whole path."""
+    return source if source is None or source.startswith((RUN, TORCHVISION, TIMM)) else str(Path(source).resolve())
 
 
 def _dataset(data: str | None) -> str:

@@ -26,7 +26,8 @@ class Progress:
 @dataclass(frozen=True)
 class EpochLog:
     """One finished epoch: mean training loss, seconds taken, the ranks then in force (empty before a projection), the part
-    of the seconds for which training waited for its input, and what "auto" as precision came to.
+    of the seconds for which training waited for its input, what "auto" as precision came to, and what it was computed by:
+    an epoch that was interrupted by what ended it.
     """
 
     epoch: int
@@ -35,6 +36,7 @@ class EpochLog:
     ranks: dict[str, int]
     input_share: float | None = None
     precision: str | None = None
+    by: str | None = None
 
 
 @dataclass

@@ -36,6 +36,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def in_short(made: Mapping[str, Any]) -> str:
+    """The provenance in a line: commit, machine, threads, date."""
+    threads = f"{made['threads']} thread{'s' if made['threads'] != 1 else ''}"
+    return ", ".join(filter(None, (made["commit"], made["gpu"], made["cpu"], threads, made["date"])))
+
+
 def commit() -> str | None:
     """The commit of the checkout this file is in, with a + if files but results differ from it; None outside a checkout."""
     here = Path(__file__).resolve()

@@ -27,7 +27,7 @@ from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import WEIGHTS, build, load_weights, weights_file
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
-from rankprune.recipes.record import provenance, top1_of_a_run
+from rankprune.recipes.record import in_short, provenance, top1_of_a_run
 from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.trp import TRP
@@ -77,7 +77,7 @@ def run(
     reference = network(e.reference) if e.reference and known is None else None  # missed before the training, if missing
     x = next(data.test(batch=1))[0]
     together = next(data.test(batch=e.trp.batch or 1))[0]
-    log, plan, small, found = _train(e, model, teacher, data, together, checkpoint, on_step)
+    log, plan, small, found = _train(e, model, teacher, data, together, checkpoint, on_step, in_short(begun))
     processes.part_ways()
     if not processes.first:
         return None
@@ -109,6 +109,7 @@ def _train(
     x: torch.Tensor,
     checkpoint: Path,
     on_step: Callable[[Progress], None] | None,
+    by: str,
 ) -> tuple[list[EpochLog], Plan | None, nn.Module | None, dict[str, Any]]:
     """Do what the method says: the log of the training, plan and decomposed network if there is one, and what to report."""
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
@@ -124,6 +125,7 @@ def _train(
         checkpoint=checkpoint,
         on_step=on_step,
         identity=identity,
+        by=by,
     )
     if e.method == "dense":
         return learn(model), None, None, {}

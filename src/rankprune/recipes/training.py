@@ -52,6 +52,7 @@ def train(
     checkpoint: Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
     identity: Mapping[str, Any] | None = None,
+    by: str | None = None,
 ) -> list[EpochLog]:
     """Train `model` in place and return a log of its epochs.
 
@@ -65,6 +66,7 @@ def train(
             start and of the same config and identity, the run goes on from it and ends as it would have ended uninterrupted,
             in one process bit for bit.
         identity: plain values that say what is trained on what, as far as it is not in the config.
+        by: what computes this, for the log: the commit and the machine, say.
 
     Raises:
         CheckpointError: if the checkpoint is of a run with another config or identity.
@@ -124,7 +126,7 @@ def train(
                     write()
             mean, seconds = _finite(_over_processes(losses), epoch, config) / len(batches), time.perf_counter() - begin
             ranks = trp.plan.ranks if trp is not None and trp.plan is not None else {}
-            entry = EpochLog(epoch, mean, round(seconds, 2), ranks, round(stream.seconds / seconds, 4), precision)
+            entry = EpochLog(epoch, mean, round(seconds, 2), ranks, round(stream.seconds / seconds, 4), precision, by)
             journal = Journal([*journal.log, entry])
             write()
     return journal.log
