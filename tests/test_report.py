@@ -44,6 +44,18 @@ def test_times_of_several_machines_are_neither_averaged_nor_taken_for_one():
     assert overview([untimed, *seeds]).rows[0][-2:] == ("5.0", "2.00x"), "by the seeds that are timed"
 
 
+def test_what_is_fine_tuned_says_from_where():
+    table = overview([result("decompose+finetune", 88.0 + seed, seed, top1_before_finetuning=60.0 + seed) for seed in (0, 2)])
+    assert table.rows[0][4] == "89.00 ± 1.41 (from 61.00 ± 1.41)"
+    assert "From: before fine-tuning." in table.note
+    assert "From" not in overview([result("trp", 88.0)]).note
+
+
+def test_who_trained_which_epochs_is_told():
+    log = [{"by": "a, cpu"}, {"by": "a, cpu"}, {"by": "b, cpu"}, {}]
+    assert ("trained by", "a, cpu; b, cpu") in config(result("trp", 88.0, log=log)).rows
+
+
 def test_a_training_that_decomposed_nothing_says_so():
     bare = {**decomposed("a", "trp", "channel", 88.0), "ranks": {}, "spectra": {"before": {}, "after": {}}}
     bare["log"] = [{**entry, "ranks": {}} for entry in bare["log"]]

@@ -15,6 +15,7 @@ import pytest
 
 from example_results import every_kind_of_run
 from rankprune.report.page import page
+from rankprune.report.results import read_results
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -106,11 +107,16 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         yield tab
 
 
-@pytest.fixture(scope="module", params=["several", "one"])
+@pytest.fixture(scope="module", params=["several", "one", "ours"])
 def opened(request: pytest.FixtureRequest, tab: Tab, tmp_path_factory: pytest.TempPathFactory) -> Tab:
-    runs = every_kind_of_run()
+    made = every_kind_of_run()
+    runs = {
+        "several": made,
+        "one": [r for r in made if "plan" in r][:1],
+        "ours": read_results([Path(__file__).parents[1] / "benchmarks" / "results"]),
+    }
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page(runs if request.param == "several" else [r for r in runs if "plan" in r][:1]), encoding="utf-8")
+    file.write_text(page(runs[request.param]), encoding="utf-8")
     tab.show(1200, 900, "light")
     tab.open(file.as_uri())
     return tab

@@ -75,6 +75,8 @@ def overview(results: Sequence[Result]) -> Table:
     if len({task(r) for r in results}) > 1:
         first, names = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
     note = "Drop: the dense network of the same seed minus the decomposed one."
+    tuned = any("top1_before_finetuning" in r for r in results)
+    note += " From: before fine-tuning." if tuned else ""
     note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
     note += f" ms: {'; '.join(f'{letter} on {name}' for name, letter in letters.items())}." if letters else ""
     rows = [(*name, *row) for name, row in zip(names, rows, strict=True)]
@@ -88,7 +90,9 @@ def _row(group: list[Result], epochs: str, letters: Mapping[str, str]) -> tuple[
     if r["method"] == "dense":
         costs = (f"{r['macs']:,}", "", f"{r['params']:,}", "", ms, "")
         return (*cells, _spread([g["top1"] for g in group]), "", *costs)
-    cells += [_spread([g["top1"] for g in group]), _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
+    tuned = _spread([g["top1_before_finetuning"] for g in group if "top1_before_finetuning" in g])
+    accuracy = _spread([g["top1"] for g in group]) + (f" (from {tuned})" if tuned else "")
+    cells += [accuracy, _spread([g["top1_dense"] - g["top1"] for g in group if "top1_dense" in g])]
     cells += [f"{r['macs']:,}", times(r["macs_dense"], r["macs"]), f"{r['params']:,}", times(r["params_dense"], r["params"])]
     return (*cells, ms, times(r["ms_dense"], r["ms"]) if is_timed(r) else "")
 
