@@ -157,7 +157,7 @@ def test_rows_differ_by_what_they_had_help_from():
 def test_trp_by_a_budget_is_told_from_trp_by_a_threshold():
     runs = [decomposed(name, "trp", "spatial", 80.0) for name in ("a", "b")]
     runs[0]["config"]["trp"]["rule"] = "Budget(macs=0.5)"
-    assert [row[1] for row in overview(runs).rows] == ["trp by budget", "trp"]
+    assert sorted(row[1] for row in overview(runs).rows) == ["trp", "trp by budget"]
 
 
 def test_pictures_of_results(tmp_path):
