@@ -68,7 +68,8 @@ def test_a_dense_result_needs_all_but_ranks(tmp_path):
 
 def test_rows_of_one_budget_stand_together_by_scheme():
     def row(name: str, scheme: str, fraction: str, macs: int) -> dict:
-        return example(name, "ours", scheme, macs=macs) | {"config": {"start": "x", "trp": {"rule": f"Budget(macs={fraction})"}}}
+        config = {"start": "x", "trp": {"rule": f"Budget(macs={fraction})"}}
+        return example(name, "ours", scheme, macs=macs) | {"config": config}
 
     rows = [row("a-distilled", "spatial", "1/2", 498), row("b", "channel", "1/2", 499), row("a", "spatial", "1/2", 500)]
     rows += [row("c", "spatial", "1/4", 249), row("d", "spatial", "1", 497)]
