@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PANELS = 2
 """How many stand beside each other, to be read on a page."""
+DEPTH = 12
+"""So many points of accuracy below its best a panel shows."""
 
 Spectra = Mapping[str, Sequence[float]]
 History = Sequence[tuple[float, Mapping[str, int]]]
@@ -56,7 +58,8 @@ def plot_training(path: str | Path, before: Spectra, after: Spectra, history: Hi
 def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     """Draw top-1 accuracy against the share of MACs that is left, one panel for each network and its images, seeds averaged.
 
-    Networks that are there only dense get no panel, unless all are.
+    Networks that are there only dense get no panel, unless all are. What is far below the best of a panel stands as an arrow at its
+    lower edge, with its accuracy.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -80,13 +83,24 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
             mean = sum(tops) / len(tops)
             spread = (max(tops) - min(tops)) / 2
             lines[name_of(group[0])].append((mean_of(group)["macs"] / group[0]["macs_dense"], mean, spread))
+        best = max(top for points in lines.values() for _, top, _ in points)
         for name, points in lines.items():
             shares, tops, spreads = zip(*sorted(points), strict=True)
             if name.startswith("dense"):
                 for top in tops:
                     ax.axhline(top, color="grey", linewidth=1, linestyle=next(dashes), label=name)
             else:
-                ax.errorbar(shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name)
+                drawn_as = ax.errorbar(
+                    shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
+                )
+                for share, top in zip(shares, tops, strict=True):
+                    if top < best - DEPTH:
+                        ax.plot(share, best - DEPTH, marker="v", markersize=6, color=drawn_as.lines[0].get_color())
+                        ax.annotate(
+                            f"{top:.1f}", (share, best - DEPTH), (6, -3), textcoords="offset points", fontsize="x-small"
+                        )
+        if any(top < best - DEPTH for points in lines.values() for _, top, _ in points):
+            ax.set_ylim(bottom=best - DEPTH - 0.3, top=best + 0.6)
         ax.set(title=title, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
         ax.legend(fontsize="x-small", frameon=False)
     _save(figure, axes, path)
