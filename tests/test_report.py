@@ -81,6 +81,13 @@ def test_other_images_are_told_and_drawn_apart(tmp_path):
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3
 
 
+def test_what_is_far_below_the_others_does_not_press_them_together(tmp_path):
+    plot_accuracy(tmp_path / "a.svg", [result("dense", 90.0), result("trp", 88.0), result("decompose", 34.6)])
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "<!-- 34.6 -->" in drawn
+    assert "<!-- 40 -->" not in drawn, "on the axis"
+
+
 def test_shorter_trainings_are_told_and_drawn_apart(tmp_path):
     runs = [("dense", 90.0, 20), ("dense", 88.0, 6), ("ours", 89.0, 20), ("ours", 87.0, 6), ("trp", 86.0, 20)]
     results = [result(method, top, epochs=epochs) for method, top, epochs in runs]

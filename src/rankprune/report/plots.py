@@ -58,8 +58,8 @@ def plot_training(path: str | Path, before: Spectra, after: Spectra, history: Hi
 def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     """Draw top-1 accuracy against the share of MACs that is left, one panel for each network and its images, seeds averaged.
 
-    Networks that are there only dense get no panel, unless all are. What is far below the best of a panel stands as an arrow at its
-    lower edge, with its accuracy.
+    Networks that are there only dense get no panel, unless all are. What is far below the best of a panel stands as an
+    arrow at its lower edge, with its accuracy.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -90,20 +90,21 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
                 for top in tops:
                     ax.axhline(top, color="grey", linewidth=1, linestyle=next(dashes), label=name)
             else:
-                drawn_as = ax.errorbar(
+                line, *_ = ax.errorbar(
                     shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
                 )
-                for share, top in zip(shares, tops, strict=True):
-                    if top < best - DEPTH:
-                        ax.plot(share, best - DEPTH, marker="v", markersize=6, color=drawn_as.lines[0].get_color())
-                        ax.annotate(
-                            f"{top:.1f}", (share, best - DEPTH), (6, -3), textcoords="offset points", fontsize="x-small"
-                        )
-        if any(top < best - DEPTH for points in lines.values() for _, top, _ in points):
-            ax.set_ylim(bottom=best - DEPTH - 0.3, top=best + 0.6)
+                _point_down(ax, [(share, top) for share, top, _ in points if top < best - DEPTH], best, line.get_color())
         ax.set(title=title, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
         ax.legend(fontsize="x-small", frameon=False)
     _save(figure, axes, path)
+
+
+def _point_down(ax: Any, points: Sequence[tuple[float, float]], best: float, colour: Any) -> None:
+    """Arrows at the lower edge of the panel for points that are below it."""
+    for share, top in points:
+        ax.plot(share, best - DEPTH, marker="v", markersize=6, color=colour)
+        ax.annotate(f"{top:.1f}", (share, best - DEPTH), (6, -3), textcoords="offset points", fontsize="x-small")
+        ax.set_ylim(bottom=best - DEPTH - 0.3, top=best + 0.6)
 
 
 def plot_results(folder: str | Path, results: Sequence[Result]) -> list[Path]:
