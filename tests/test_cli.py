@@ -122,6 +122,8 @@ def test_a_closed_batch_takes_one_size_only(tmp_path):
 def test_bench_latency_times_what_it_is_given_and_shows_the_curve_of_a_layer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "cache"))
+    own_clock.use(monkeypatch)  # on which a busy machine makes no noise
+    own_clock.add(monkeypatch, own_clock.TimedEager())
     invoke("decompose", *MODEL, *INPUT, "--rule", "RankFraction(0.1)", "--out", "dense")  # called like the dense network's row
     quick = ["bench", "latency", *MODEL, *INPUT, "--rounds", "2", "--threads", "1"]
     backends = ["--backend", "eager", "--backend", "eager"]

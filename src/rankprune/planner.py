@@ -59,7 +59,7 @@ class Planner:
             raise RankPruneError(f"round_to={round_to}: give a whole number of at least 1")
         if not isinstance(rule, RankRule):
             raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
-        if rule.metric in ("macs", "latency") and example_inputs is None:
+        if rule.needs_inputs and example_inputs is None:
             what = "counts MACs" if rule.metric == "macs" else "needs times"
             raise RankPruneError(f"{rule!r} {what}: give example inputs, one batch as the model is called with")
         self.model = unwrap(model)

@@ -112,6 +112,11 @@ class RankRule(ABC):
     metric: Metric | None = None
     """The cost that the rule needs to know; None if it needs none."""
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether that cost is had only by running the model."""
+        return self.metric in ("macs", "latency")
+
     @abstractmethod
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
         """One Choice for each layer.

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 import rankprune as rp
@@ -22,7 +21,6 @@ def full_rank_plan(model: nn.Module, x: Inputs, scheme: str, exclude: Sequence[s
             layer = modules[entry.name]
             fitting, _ = schemes_for(scheme, layer)
             chosen = fitting[place % len(fitting)]
-            matrices = chosen.to_matrices(layer, torch.empty(entry.shape, device="meta"))
-            entry = replace(entry, scheme=chosen.name, rank=min(matrices.shape[1:]), reason=None)
+            entry = replace(entry, scheme=chosen.name, rank=chosen.full_rank(layer), reason=None)
         entries.append(entry)
     return replace(plan, layers=tuple(entries))

@@ -102,8 +102,10 @@ def bench_latency(
     predicted = _predictions(rules, plans)
     rows = _rows(found, predicted, {name: count(network, x).macs for name, network in networks.items()})
     _show_rows(f"{model} on {input}", rows)
-    for text, name, used in predicted.keys() - {(r["network"], r["backend"], r["threads"]) for r in rows}:
-        say(f"{text}: predicted {predicted[text, name, used]:.2f}x in {name} with {used} threads, which is not measured here")
+    measured = {(r["network"], r["backend"], r["threads"]) for r in rows}
+    for (text, name, used), times in predicted.items():
+        if (text, name, used) not in measured:
+            say(f"{text}: predicted {times:.2f}x in {name} with {used} threads, which is not measured here")
     for name, reason in found.failed.items():
         say(f"{name}: {reason}")
     for name in [name for name in BACKENDS if name not in backends and backend is None]:

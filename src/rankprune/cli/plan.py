@@ -64,7 +64,7 @@ def decompose(
     if plan is not None:
         choices = ("input", "scheme", "rule", "include", "exclude", "round_to")
         refuse(context, *choices, because="--plan says already what to decompose, and at which rank")
-    elif input is None and parse_rule(rule).metric in ("macs", "latency"):
+    elif input is None and parse_rule(rule).needs_inputs:
         raise RankPruneError(f"{rule} counts MACs or time: give the shape of one batch, like --input 1,3,224,224")
     dense = build_model(model, checkpoint)
     x = None if input is None else example_input(input, dense)

@@ -79,12 +79,19 @@ def in_order(results: Sequence[Result]) -> list[Result]:
 
 def _asked(r: Result) -> float:
     """The MACs that a budget allowed; without one, those that are left."""
+    budget = _budget(r)
+    if budget is None or budget.macs is None or r["method"] == "dense":
+        return r["macs"]
+    return budget.macs * r["macs_dense"]
+
+
+def _budget(r: Result) -> Budget | None:
+    """The rule that its ranks were to be chosen by, where that is a budget."""
     try:
         rule = parse_rule(r["config"]["trp"]["rule"])
     except (KeyError, RankPruneError):
-        return r["macs"]
-    allowed = rule.macs if isinstance(rule, Budget) and r["method"] != "dense" else None
-    return r["macs"] if allowed is None else allowed * r["macs_dense"]
+        return None
+    return rule if isinstance(rule, Budget) else None
 
 
 def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
@@ -134,8 +141,7 @@ def _without_seed(name: str) -> str:
 def label(r: Result) -> str:
     """What to call the method of a result: its name, its scheme, and what it does otherwise than others of that name."""
     words = [r["method"], r["scheme"] or ""]
-    budgeted = str(r["config"].get("trp", {}).get("rule", "")).startswith("Budget")
-    words += ["by budget"] if r["method"].startswith("trp") and budgeted else []
+    words += ["by budget"] if r["method"].startswith("trp") and _budget(r) else []
     words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
     words += ["from scratch"] if from_scratch(r) else []
     return " ".join(word for word in words if word)

@@ -1,0 +1,66 @@
+"""What stands around a user's model, or around a part of it: torch.compile, DataParallel and the like."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankprune as rp
+from rankprune.layers import unwrap
+from rankprune.projection import project
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
+
+
+class Net(nn.Module):
+    """A plain linear layer, another part, and a last linear layer."""
+
+    def __init__(self, odd: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.odd, self.last = nn.Linear(16, 16), odd, nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.odd(self.plain(x)))
+
+
+WRAPPERS = {
+    "compile": lambda m: torch.compile(m, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "both": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
+    "the other way round": lambda m: nn.DataParallel(torch.compile(m, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model, x = Net(nn.Linear(16, 16)), torch.randn(2, 16)
+    assert unwrap(wrap(model)) is model
+    plan = rp.make_plan(wrap(model), x, rule=rp.FixedRank(2))
+    assert plan == rp.make_plan(model, x, rule=rp.FixedRank(2))
+    small = rp.decompose(wrap(model), plan)
+    assert type(small) is Net
+    project(wrap(model), plan)
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+    rp.save(tmp_path, wrap(small), plan)
+    loaded = rp.load(tmp_path, wrap(Net(nn.Linear(16, 16))))
+    assert type(loaded) is Net
+    assert torch.equal(loaded(x), small(x))
+    rp.export_onnx(wrap(small), x, tmp_path / "small.onnx")
+
+
+def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    with pytest.raises(rp.RankPruneError, match="fully_shard"):
+        rp.make_plan(kind(nn.Linear(8, 8), nn.Linear(8, 8)), rule=rp.FixedRank(2))
+
+
+def test_a_compiled_layer_inside_a_model_still_runs() -> None:
+    model, x = Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), torch.randn(2, 16)
+    model.odd = torch.compile(model.odd, backend="eager")
+    plan = rp.make_plan(model, x, rule=rp.FixedRank(2))
+    assert "odd._orig_mod.0" in plan.ranks
+    project(model, plan)
+    with torch.no_grad():
+        assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)
