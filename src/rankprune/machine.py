@@ -12,19 +12,32 @@ import torch
 
 
 def cpu_name() -> str:
-    """The processor's name, as the operating system tells it."""
-    told: dict[str, str] = {}
+    """The processor's name, as the operating system tells it.
+
+    On Linux with family and model, for virtual machines call many generations alike, like "AMD EPYC".
+    """
+    told = ""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            field, _, value = line.partition(":")
-            told.setdefault(field.strip(), value.strip())
-    if "CPU part" in told:  # ARM tells numbers
-        told.setdefault("model name", f"{platform.machine()} {told.get('CPU implementer')} {told['CPU part']}")
+        told = _named_in(Path("/proc/cpuinfo").read_text())
     if sys.platform == "darwin":
         with suppress(OSError):
             found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-            told["model name"] = found.stdout.strip()
-    return told.get("model name") or platform.processor() or platform.machine()
+            told = found.stdout.strip()
+    return told or platform.processor() or platform.machine()
+
+
+def _named_in(cpuinfo: str) -> str:
+    """The name in the text of /proc/cpuinfo, of the first processor; "" if it has none."""
+    told: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        field, _, value = line.partition(":")
+        told.setdefault(field.strip(), value.strip())
+    if "CPU part" in told:  # ARM tells numbers
+        told.setdefault("model name", f"{platform.machine()} {told.get('CPU implementer')} {told['CPU part']}")
+    name = told.get("model name", "")
+    if not name or not {"cpu family", "model"} <= told.keys():
+        return name
+    return f"{name} (family {told['cpu family']}, model {told['model']})"
 
 
 def usable_cores() -> int:
