@@ -15,6 +15,7 @@ from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.backends.pytorch import Eager
 from rankprune.checkpoint import load_plan
 from rankprune.cli import demo, main
+from rankprune.cli.target import example_input
 from rankprune.recipes.experiment import Experiment, TrpConfig
 from rankprune.recipes.resnet import resnet, resnet20
 from rankprune.recipes.schedule import TrainConfig
@@ -234,7 +235,7 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path, monkeypa
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", *INPUT], "--input would do nothing: --plan says"),
         (["decompose", *MODEL, "--out", "o"], "give the shape of one batch, like --input 1,3,224,224"),
-        ([*LATENCY, "--rule", "Budget(latency=0.5)", "--rule", "Budget(mac=0.5)"], "mac"),
+        ([*LATENCY, "--rule", "Budget(latency=0.5)", "--rule", "Budget(mac=0.5)"], "'Budget(mac=0.5)'"),
         ([*LATENCY, "--plot", "x.svg"], "name it with --layer"),
         ([*LATENCY, "--plot", "/no/such/x.svg", "--layer", "layer9"], "there is no folder"),
         ([*LATENCY, "--plot", "x.gif", "--layer", "layer1.0.conv1"], "ends in .png or .svg"),
@@ -356,3 +357,7 @@ def test_without_typer_the_command_says_what_to_install():
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("error: ")
     assert "pip install 'rankprune[cli]'" in outcome.stderr
+
+
+def test_an_example_input_is_where_the_model_is():
+    assert example_input("2,3", torch.nn.Linear(3, 1, device="meta")).is_meta

@@ -134,7 +134,7 @@ def test_the_recipes_run_under_torchrun(training: list[str], photographs: list[s
         assert run.stdout.count("result") == 1, "one process talks"
         results[name] = json.loads((folder / "row.json").read_text())
     together, alone = results["together"], results["alone"]
-    assert len(together["log"]) == len(alone["log"])
+    assert together["log"][0]["loss"] == pytest.approx(alone["log"][0]["loss"], rel=0.1), "BatchNorm sees parts of batches"
     assert together["macs"] <= together["macs_dense"] / 2.2
     assert together["train_images"] == alone["train_images"] == 48
 

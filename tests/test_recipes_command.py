@@ -74,6 +74,29 @@ def test_images_are_called_after_their_folder(tmp_path: Path, monkeypatch: pytes
     assert ran[0].start == str((tmp_path / "cats" / "12:30" / "model.pt").resolve())
 
 
+@pytest.mark.parametrize(("there", "name"), [("cifar10", "cifar10"), ("train", "flowers")])
+def test_images_of_the_environment_are_called_after_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, name: str
+) -> None:
+    (tmp_path / "flowers" / there).mkdir(parents=True)
+    monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "flowers"))
+    ran = []
+    monkeypatch.setattr("rankprune.cli.train.run", lambda e, *rest: ran.append(e))
+    invoke("train", "--out", str(tmp_path / "out"))
+    assert ran[0].dataset == name
+    with pytest.raises(RankPruneError, match="say with --data where they are"):
+        invoke("train", "--model", "resnet18", "--out", str(tmp_path / "out"))
+
+
+def test_one_process_tells_that_a_row_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "row.toml").write_text('method = "dense"\n')
+    monkeypatch.setattr("rankprune.cli.train.finished", lambda *_: True)
+    monkeypatch.setenv("RANK", "1")
+    assert not invoke("bench", "run", str(tmp_path / "row.toml"))
+    monkeypatch.setenv("RANK", "0")
+    assert "was there" in invoke("bench", "run", str(tmp_path / "row.toml"))
+
+
 def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKPRUNE_DATA", str(tmp_path / "nothing"))
     file, weights, result = tmp_path / "row.toml", tmp_path / "row" / "dense.safetensors", tmp_path / "row.json"

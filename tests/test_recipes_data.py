@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,24 @@ def test_damaged_official_files_are_named(tmp_path: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(rp.RankPruneError, match=r"data_batch_2' is damaged"):
         load_images(tmp_path / "c", "train")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02}q\x00\x8c\x01\xff.", b"(lp0\nI1x\n.", pickle.dumps({"labels": []}), pickle.dumps([])]
+)
+def test_what_official_files_do_not_hold_is_damage(tmp_path: Path, content: bytes) -> None:
+    write_official(tmp_path / "c")
+    (tmp_path / "c" / "test_batch").write_bytes(content)
+    with pytest.raises(rp.RankPruneError, match=r"test_batch' is damaged"):
+        load_images(tmp_path / "c", "test")
+
+
+def test_official_files_need_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_official(tmp_path / "c")
+    monkeypatch.setitem(sys.modules, "numpy.core.multiarray", None)
+    monkeypatch.setitem(sys.modules, "numpy._core.multiarray", None)
+    with pytest.raises(rp.MissingExtraError, match=r"rankprune\[recipes\]"):
+        load_images(tmp_path / "c", "test")
 
 
 def test_a_split_that_the_official_files_do_not_have(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a training shows while it runs."""
 
+import io
 import re
 
 import pytest
@@ -37,3 +38,22 @@ def test_a_line_comes_at_the_end_and_not_with_every_step(capsys: pytest.CaptureF
     with console.TrainingBars(3) as bars:
         steps(bars, range(12))
     assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["100%"]
+
+
+def test_of_several_processes_on_one_terminal_one_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shown in (False, True):
+        screen = io.StringIO()
+        monkeypatch.setattr(console, "console", console.Console(file=screen, force_terminal=True))
+        with console.TrainingBars(3, shown=shown):
+            pass
+        assert bool(screen.getvalue()) is shown
+
+
+def test_figures_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(console, "console", console.Console(width=30, force_terminal=True))
+    monkeypatch.setenv("COLUMNS", "30")
+    columns = ["network", "top-1 %", "MACs", "params"]
+    console.show_table("t", columns, [["a network of a long name", "88.42 ± 0.11", "40,551,040", "269,722"]])
+    shown = capsys.readouterr().out
+    assert all(figure in shown for figure in ("88.42 ± 0.11", "40,551,040", "269,722"))
+    assert "a network of a long name" not in shown, "words are folded"

@@ -13,7 +13,7 @@ from rankprune.projection import planned_spectra
 from rankprune.report.axes import Axis, axis_of, tick_label
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, with_note
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
-from rankprune.report.results import read_results, told_apart
+from rankprune.report.results import machine, read_results, told_apart
 from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,28 @@ def test_other_images_are_told_and_drawn_apart(tmp_path):
     assert "images" not in overview(results[:1]).columns
     plot_accuracy(tmp_path / "a.svg", results)
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3
+
+
+def test_other_images_of_the_same_name_are_drawn_apart(tmp_path):
+    plot_accuracy(tmp_path / "a.svg", [result("trp", 88.0, test_digest=1), result("trp", 90.0, seed=1, test_digest=2)])
+    assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 2
+
+
+def test_error_bars_go_from_the_worst_seed_to_the_best(tmp_path, monkeypatch):
+    drawn = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    errorbar = axes.errorbar
+    monkeypatch.setattr(axes, "errorbar", lambda *args, **options: drawn.append(options["yerr"]) or errorbar(*args, **options))
+    plot_accuracy(tmp_path / "a.svg", [result("trp", top, seed) for seed, top in enumerate((88.0, 88.1, 89.0))])
+    (below,), (above,) = drawn[0]
+    assert (below, above) == (pytest.approx(88.3667 - 88.0, abs=1e-3), pytest.approx(89.0 - 88.3667, abs=1e-3))
+
+
+def test_times_on_the_processor_do_not_pass_for_those_of_the_gpu_beside_it():
+    timed = {"gpu": "H200", "cpu": "EPYC", "ms_threads": 2}
+    assert machine(result("ours", 88.0, **timed)) == "H200, EPYC, 2 threads"
+    assert machine(result("ours", 88.0, **timed, ms_device="H200")) == "H200, EPYC, 2 threads"
+    assert machine(result("ours", 88.0, **timed, ms_device="EPYC")) == "EPYC, 2 threads"
 
 
 def test_what_is_far_below_the_others_does_not_press_them_together(tmp_path):

@@ -30,6 +30,7 @@ def test_other_images_are_no_other_seed():
     runs = [result("trp", 88.0, seed, train_images=images, test_images=30) for seed, images in enumerate((48, 48, 50))]
     assert [len(group) for group in seeds_together(runs)] == [2, 1]
     assert [len(group) for group in seeds_together([runs[0], runs[1] | {"source": "elsewhere"}])] == [1, 1]
+    assert [len(group) for group in seeds_together([runs[0], runs[1] | {"test_digest": 7}])] == [1, 1]
 
 
 def test_settings_that_are_off_do_not_keep_seeds_apart():

@@ -16,7 +16,8 @@ from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.images import ImageSet, load_images
 from rankprune.recipes.networks import build
-from rankprune.recipes.photograph_batches import PhotographConfig
+from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig
+from rankprune.recipes.photographs import load_photographs
 from rankprune.recipes.processes import joined
 from rankprune.recipes.resnet import CifarResNet, resnet
 from rankprune.recipes.runner import run
@@ -114,3 +115,25 @@ def test_a_pretrained_network_on_real_images_keeps_more_when_calibrated():
     assert dense > 80
     assert plain < dense - 10
     assert plain + 4 < calibrated < dense
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@CUDA
+def test_batches_never_make_the_cpu_wait_for_the_gpu(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", coloured(48, 8))
+    images = load_images(tmp_path, "train")
+    config = PhotographConfig(sizes=(8,), workers=0)
+    both = (
+        TrainBatches(images, 16, device="cuda"),
+        PhotographBatches(load_photographs(tmp_path, "train"), 16, config, 2, device="cuda"),
+    )
+    for batches in both:
+        list(batches.epoch(0))  # constants are sent once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = list(batches.epoch(1))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(found) == 3
+        assert found[0][0].is_cuda

@@ -15,6 +15,8 @@ from rankprune.recipes.progress import Progress as Step
 
 console = Console()
 
+WIDE = 1000
+
 
 class TrainingBars:
     """One progress bar a training, or a line a minute where there is no terminal; a context manager, fed by on_step callbacks.
@@ -22,9 +24,10 @@ class TrainingBars:
     Args:
         epochs: of each training.
         every_s: seconds between two lines, where there is no terminal.
+        shown: whether to show any; of several processes on one terminal only one should.
     """
 
-    def __init__(self, epochs: int, every_s: float = 60.0) -> None:
+    def __init__(self, epochs: int, every_s: float = 60.0, *, shown: bool = True) -> None:
         self.epochs, self.every_s = epochs, every_s
         self._tasks: dict[str, TaskID] = {}
         self._shown: dict[str, float] = {}
@@ -35,7 +38,7 @@ class TrainingBars:
             TimeElapsedColumn(),
             console=console,
             speed_estimate_period=120,
-            disable=not console.is_terminal,
+            disable=not (shown and console.is_terminal),
         )
 
     def __enter__(self) -> "TrainingBars":
@@ -86,11 +89,16 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """Print a table, all columns but the first `words` right-aligned, and a note under it; of one without rows the note."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < words else "right", overflow="fold")
+        if i < words:
+            table.add_column(column, overflow="fold")
+        else:  # figures are never folded
+            whole = max(map(len, (column, *(row[i] for row in rows))))
+            table.add_column(column, justify="right", no_wrap=True, min_width=whole)
     for row in rows:
         table.add_row(*map(Text, row))
-    wide = console if console.is_terminal else Console(width=1000)  # a terminal folds columns; a file has room
-    wide.print(table if rows else Text(title))
+    least = console.measure(table, options=console.options.update(max_width=WIDE)).minimum
+    width = max(console.width, least) if console.is_terminal else WIDE  # a terminal folds columns; a file has room
+    Console(width=width).print(table if rows else Text(title))
     if note:
         say(note)
 

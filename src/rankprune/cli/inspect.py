@@ -8,8 +8,9 @@ import typer
 
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, refuse
-from rankprune.cli.target import build_model, example_input
+from rankprune.cli.target import build_model, device_of, example_input
 from rankprune.cost import count as count_cost
+from rankprune.errors import RankPruneError
 from rankprune.passes import undisturbed
 from rankprune.recipes.batches import Normalize, eval_batches
 from rankprune.recipes.evaluation import logits_of, top1
@@ -36,13 +37,18 @@ def evaluate(
     """Top-1 accuracy of a dense or decomposed classifier on images of one size, or with --size on photographs."""
     if size is None:
         refuse(context, "resize", "workers", because="without --size images are taken whole")
+    elif resize is not None and resize < size:
+        raise RankPruneError(f"--resize {resize} leaves too little to cut --size {size} out of")
     network, normalize = build_model(model, checkpoint, artefact).float(), Normalize(mean, std)  # also of a file in half
+    if torch.cuda.is_available():
+        network.cuda()
+    device = device_of(network)
     if size is None:
         images = load_images(data, split or "test")
-        batches = eval_batches(images, batch, normalize)
+        batches = eval_batches(images, batch, normalize, device)
     else:
         images = load_photographs(data, split or "validation")
-        batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize)
+        batches = centre_batches(images, PhotographConfig.at(size, resize, workers=workers), batch, normalize, device)
     first = next(batches)
     with undisturbed(network), torch.no_grad():
         told_apart = logits_of(network, first[0][:1]).shape[1]

@@ -57,12 +57,12 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
 def example_input(shape: str, model: nn.Module) -> Tensor:
     """A tensor of random values of the shape in a text like ``1,3,32,32``; with ``int:`` before it, of integers 0 and 1.
 
-    Values are of the dtype that the model's weights have.
+    Values are of the dtype that the model's weights have, and on their device.
 
     Raises:
         RankPruneError: for anything else, and if the model does not run on it.
     """
-    x = _random(shape)
+    x = _random(shape).to(device_of(model))
     if x.is_floating_point():
         x = x.to(dtype_of(model))
     try:
@@ -76,6 +76,11 @@ def example_input(shape: str, model: nn.Module) -> Tensor:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """That of its first weights."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """That of its first weights."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _random(shape: str) -> Tensor:

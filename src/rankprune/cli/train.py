@@ -8,11 +8,13 @@ import typer
 
 from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.cli.options import Rule, SchemeName, refuse
+from rankprune.errors import RankPruneError
 from rankprune.recipes import experiment as experiments
+from rankprune.recipes.data import place_of
 from rankprune.recipes.networks import IMAGENET, RUN, TIMM, TORCHVISION
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
-from rankprune.recipes.processes import joined
+from rankprune.recipes.processes import first_here, joined
 from rankprune.recipes.record import check_unused, finished, write
 from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
@@ -24,7 +26,7 @@ def train(
     model: Annotated[str, typer.Option(help="resnet20, 32, 44, 56 or 110; for photographs resnet18 or 50.")] = "resnet20",
     data: Annotated[
         str | None,
-        typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME; default $RANKPRUNE_DATA."),
+        typer.Option(help="CIFAR-10 files, parquet, an image folder, or hub:NAME; $RANKPRUNE_DATA if for small images."),
     ] = None,
     start: Annotated[
         str | None, typer.Option(help="Pretrained weights to go on from: a file, torchvision:NAME or timm:NAME.")
@@ -61,6 +63,8 @@ def train(
     ] = Path("runs/train"),
 ) -> None:
     """Train a ResNet with TRP, decompose it, and evaluate the decomposed model."""
+    if model in IMAGENET and data is None:
+        raise RankPruneError(f"{model} is trained on photographs: say with --data where they are")
     if model not in IMAGENET:
         refuse(context, "size", "workers", because=f"{model} is for small images, which are taken whole")
     by_clock = parse_rule(rule).metric == "latency"
@@ -122,7 +126,7 @@ def _weights(source: str | None) -> str | None:
 def _dataset(data: str | None) -> str:
     """What to call the images: after their folder, or as on the hub."""
     if data is None:
-        return "cifar10"
+        data = str(place_of(experiments.Experiment.dataset, experiments.Folders.from_environment().data))
     return os.path.basename(data.removeprefix(HUB) if data.startswith(HUB) else os.path.abspath(data))
 
 
@@ -137,13 +141,14 @@ def bench_run(
     experiment = experiments.Experiment.read(file)
     experiment = experiment if seed is None else experiment.with_seed(seed)
     if not again and finished(experiment, path := results / f"{experiment.name}.json", runs):
-        say(f"result  {path}  (was there; --again evaluates and times it once more)")
+        if first_here():
+            say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
     _run(experiment, experiments.Folders.from_environment(runs, results), results, experiment.name)
 
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
-    with joined() as processes, TrainingBars(experiment.training.epochs if processes.first else 0) as bars:
+    with joined() as processes, TrainingBars(experiment.training.epochs, shown=processes.first) as bars:
         result = run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
         if result is None:  # another process has it
             return

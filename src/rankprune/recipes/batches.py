@@ -1,5 +1,6 @@
 """Batches of images: shuffling, a batch's augmentation as one gather, normalisation, channels_last."""
 
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,9 +24,21 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise images (b, h, w, 3) uint8 -> (b, 3, h, w) float32."""
-        scale = 1 / (255 * torch.tensor(self.std, device=images.device))
-        shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
-        return torch.addcmul(-shift, images.float(), scale).permute(0, 3, 1, 2)
+        shift, scale = _shift_and_scale(self.mean, self.std, images.device)
+        return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+
+
+@functools.cache  # made for every batch, they would make the CPU wait for all that the GPU has to do
+def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    centre, deviation = torch.tensor(mean), torch.tensor(std)
+    return (-(centre / deviation)).to(device), (1 / (255 * deviation)).to(device)
+
+
+def sent(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """A tensor on another device, without the CPU waiting for what that computes."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Batches(ABC):
@@ -116,7 +129,7 @@ class TrainBatches(Batches):
         rows = offsets[0] + torch.arange(self.height)  # (b, height)
         across = torch.arange(self.width)
         columns = offsets[1] + torch.where(flips, self.width - 1 - across, across)  # (b, width)
-        index, rows, columns = (each[self.part].to(self.images.device) for each in (index, rows, columns))
+        index, rows, columns = (sent(each[self.part], self.images.device) for each in (index, rows, columns))
         return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -126,4 +139,4 @@ def eval_batches(
     """All images in order, unaugmented: images (<= batch, 3, h, w) float32 and labels."""
     normalize = normalize or Normalize()
     for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
-        yield normalize(images.to(device)), labels.to(device)
+        yield normalize(sent(images, device)), sent(labels, device)

@@ -50,13 +50,13 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
     config = e.photographs
     if config is None:
         chosen = None
-        train, test = _splits(e.holdout, partial(load_images, _place(e.dataset, folder)), "test")
+        train, test = _splits(e.holdout, partial(load_images, place_of(e.dataset, folder)), "test")
         digest = test.digest
         batches: Batches = TrainBatches(train, e.batch, **options)
         test_batches = partial(eval_batches, test, device=processes.device)
     else:
         chosen, digest = _source(config, folder), None
-        train, test = _splits(e.holdout, partial(load_photographs, _place(chosen or e.dataset, folder)), config.test_split)
+        train, test = _splits(e.holdout, partial(load_photographs, place_of(chosen or e.dataset, folder)), config.test_split)
         batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
         test_batches = partial(centre_batches, test, config, device=processes.device)
     return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen, digest)
@@ -82,7 +82,7 @@ def _source(config: PhotographConfig, folder: Path) -> str | None:
     return found
 
 
-def _place(source: str, folder: Path) -> str | Path:
+def place_of(source: str, folder: Path) -> str | Path:
     """Where a source or a data set is: on the hub, in its own folder, or in `folder` itself."""
     if source.startswith(HUB):
         return source

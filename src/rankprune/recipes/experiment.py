@@ -77,10 +77,13 @@ class Experiment:
                 f"distill={self.training.distill} needs a teacher: set teacher or start to 'run:NAME' or to a file"
             )
         if self.teacher and not self.training.distill:
-            raise RankPruneError(f"teacher={self.teacher!r} teaches nothing: set distill in [training], like 0.7")
+            raise RankPruneError(
+                f"teacher={self.teacher!r} teaches nothing: give distill a weight, like 0.7 (--distill, or in [training])"
+            )
         if (self.method == "trp+nu" and not self.trp.nuclear) or (self.method == "trp" and self.trp.nuclear):
             raise RankPruneError(
-                f"method {self.method!r} with trp.nuclear={self.trp.nuclear}: 'trp+nu' needs one, like 3e-4, 'trp' has none"
+                f"method {self.method!r} with nuclear={self.trp.nuclear}: 'trp+nu' needs one, like 3e-4 (--nuclear, or in "
+                "[trp]), 'trp' has none"
             )
 
     @classmethod

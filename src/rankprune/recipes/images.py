@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankprune.errors import RankPruneError
+from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.recipes.labelled import Labelled
 from rankprune.recipes.photographs import CIFAR10_CLASSES, Photographs, load_photographs, resized
 
@@ -85,10 +85,16 @@ def _read_official(folder: Path, split: str) -> ImageSet:
         try:
             with file.open("rb") as stream:
                 batch = _ArrayUnpickler(stream, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise RankPruneError(f"{str(file)!r} is damaged ({error}); unpack the official archive again") from error
-        images.append(torch.from_numpy(batch["data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1))
-        labels += batch["labels"]
+            images.append(torch.from_numpy(batch["data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1))
+            labels += batch["labels"]
+        except (RankPruneError, OSError):
+            raise
+        except ImportError as error:
+            raise MissingExtraError("numpy", "recipes") from error
+        except Exception as error:  # what a damaged pickle raises depends on the byte
+            raise RankPruneError(
+                f"{str(file)!r} is damaged ({type(error).__name__}: {error}); unpack the official archive again"
+            ) from error
     return ImageSet(torch.cat(images).contiguous(), torch.tensor(labels), CIFAR10_CLASSES)
 
 

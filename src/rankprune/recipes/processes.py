@@ -45,11 +45,17 @@ class Processes:
             dist.destroy_process_group()
 
 
+def first_here() -> bool:
+    """Whether this process is the first of them, also before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the processes that the launcher's environment variables name, for the length of the block.
 
     Each takes the GPU of its local rank, where there are GPUs, otherwise the CPU. They wait for each other for up to PATIENCE.
+    One that fails goes at once, without taking leave: its peers may be in the middle of a step, and it would wait for them.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -60,8 +66,6 @@ def joined() -> Iterator[Processes]:
         yield Processes(device=device)
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -109,7 +109,6 @@ def top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> f
     except (OSError, ValueError):
         return None
     images = ("model", "dataset", "test_split", "test_images", "source", "test_digest")
-    there = {"test_digest": result["test_digest"], "config": {}} | there  # an older result may lack the digest
     same = all(there.get(key) == result[key] for key in images) and _crops(there) == _crops(result)
     return there.get("top1_before_decomposition") if same else None
 

@@ -18,6 +18,7 @@ from rankprune.decompose import decompose
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.files import draft_of
+from rankprune.latency import Setting
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.projection import planned_spectra, project
@@ -207,6 +208,7 @@ def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e:
         "ms": round(times["small"].ms, 3),
         "ms_backend": backend,
         "ms_threads": times["small"].threads,
+        "ms_device": Setting.of(small, backend, threads).cpu,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
     }

@@ -14,8 +14,8 @@ from rankprune.report.pictures import Point
 from rankprune.report.results import (
     Result,
     between_spectra,
-    compared,
     dense_networks,
+    drawn_together,
     epochs_among,
     full_ranks,
     in_order,
@@ -80,8 +80,8 @@ def _side_by_side(results: Sequence[Result]) -> Element:
             overview, columns=overview.columns[1:], rows=[row[1:] for row in overview.rows], words=overview.words - 1
         )
     parts = [_scrolled(overview)]
-    for together in dict.fromkeys(map(compared, results)):
-        parts += _accuracy(together, [r for r in results if compared(r) == together])
+    for title, together in drawn_together(results):
+        parts += _accuracy(title, together)
     if len(results) > 1:
         for table in tables.ranks_together(results):
             parts.append(_titled(table))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, compared, mean_of, seeds_together, told_apart
+from rankprune.report.results import Result, drawn_together, mean_of, seeds_together, told_apart
 from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    panels: dict[str, list[list[Result]]] = defaultdict(list)
-    for group in seeds_together(results):
-        panels[compared(group[0])].append(group)
-    drawn = {title: groups for title, groups in panels.items() if any(r["method"] != "dense" for (r, *_) in groups)} or panels
+    panels = drawn_together(results)
+    drawn = [panel for panel in panels if any(r["method"] != "dense" for r in panel[1])] or panels
     columns = min(len(drawn), PANELS)
     rows = -(-len(drawn) // columns)
     figure = _figure((5.5 * columns, 4.2 * rows))
@@ -75,25 +73,26 @@ def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:
     axes = [next(places) for _ in drawn]
     for place in places:
         place.remove()
-    for ax, (title, groups) in zip(axes, drawn.items(), strict=True):
-        lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for ax, (title, together) in zip(axes, drawn, strict=True):
+        groups = seeds_together(together)
+        lines: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
         name_of, dashes = told_apart([group[0] for group in groups]), cycle(("--", ":", "-."))
         for group in groups:
             tops = [r["top1"] for r in group]
             mean = sum(tops) / len(tops)
-            spread = (max(tops) - min(tops)) / 2
-            lines[name_of(group[0])].append((mean_of(group)["macs"] / group[0]["macs_dense"], mean, spread))
-        best = max(top for points in lines.values() for _, top, _ in points)
+            share = mean_of(group)["macs"] / group[0]["macs_dense"]
+            lines[name_of(group[0])].append((share, mean, mean - min(tops), max(tops) - mean))
+        best = max(top for points in lines.values() for _, top, _, _ in points)
         for name, points in lines.items():
-            shares, tops, spreads = zip(*sorted(points), strict=True)
+            shares, tops, below, above = zip(*sorted(points), strict=True)
             if name.startswith("dense"):
                 for top in tops:
                     ax.axhline(top, color="grey", linewidth=1, linestyle=next(dashes), label=name)
             else:
                 line, *_ = ax.errorbar(
-                    shares, tops, yerr=spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
+                    shares, tops, yerr=(below, above), marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
                 )
-                _point_down(ax, [(share, top) for share, top, _ in points if top < best - DEPTH], best, line.get_color())
+                _point_down(ax, [(share, top) for share, top, *_ in points if top < best - DEPTH], best, line.get_color())
         ax.set(title=title, xlabel="share of MACs left", ylabel="top-1 accuracy, %", xlim=(0, 1))
         ax.legend(fontsize="x-small", frameon=False)
     _save(figure, axes, path)

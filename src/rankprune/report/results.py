@@ -17,9 +17,10 @@ from rankprune.rules import parse_rule
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
 _JUDGED = {"top1_before_decomposition", "top1", "macs", "params"}
+_IMAGES = "dataset", "source", "test_split", "train_images", "test_images", "test_digest"
 _COSTS = "macs_dense", "macs", "params_dense", "params"
 _TIMES = "ms_dense", "ms"
-_TIMED_ON = "cpu", "gpu", "threads", "ms_threads", "ms_backend", "ms_batch"
+_TIMED_ON = "cpu", "gpu", "threads", "ms_threads", "ms_device", "ms_backend", "ms_batch"
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
@@ -102,8 +103,7 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
         config = {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
-        images = r["dataset"], r.get("source"), r["test_split"], r.get("train_images"), r.get("test_images")
-        key = json.dumps([r["model"], *images, r["method"], r["scheme"], config])
+        key = json.dumps([r["model"], *(r.get(field) for field in _IMAGES), r["method"], r["scheme"], config])
         again = 0  # the same seed twice is two experiments, whatever they differ in
         while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
             again += 1
@@ -191,13 +191,22 @@ def is_timed(r: Result) -> bool:
 def machine(r: Result) -> str:
     """What a result was timed on, as far as it says."""
     threads = r.get("ms_threads", r.get("threads"))
-    parts = [r.get("gpu"), r.get("cpu"), f"{threads} thread{'s' if threads != 1 else ''}" if threads else None]
+    on_gpu = r.get("ms_device", r.get("gpu")) == r.get("gpu")  # some runtimes compute on the CPU, whatever is beside it
+    parts = [
+        r.get("gpu") if on_gpu else None,
+        r.get("cpu"),
+        f"{threads} thread{'s' if threads != 1 else ''}" if threads else None,
+    ]
     return ", ".join(part for part in parts if part)
 
 
-def compared(r: Result) -> str:
-    """What a result is drawn together with: those of the same network on the same images, from scratch or not."""
-    return f"{r['model']} on {task(r)}" + (", from scratch" if from_scratch(r) else "")
+def drawn_together(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """The results by title: those of the same network on the same images, from scratch or not."""
+    groups: dict[tuple[str, Any], list[Result]] = defaultdict(list)
+    for r in results:
+        title = f"{r['model']} on {task(r)}" + (", from scratch" if from_scratch(r) else "")
+        groups[title, r.get("test_digest")].append(r)  # other images may have the same name
+    return [(title, together) for (title, _), together in groups.items()]
 
 
 def dense_networks(results: Sequence[Result]) -> dict[str, list[float]]:
