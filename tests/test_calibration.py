@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import rankprune as rp
 from rankprune import calibration
+from rankprune.calibration import whitenings
 from rankprune.planner import Planner
 from rankprune.schemes import SCHEMES
 
@@ -101,12 +102,32 @@ def test_patches_are_those_of_unfold():
     assert torch.equal(found, expected)
 
 
-def test_patches_of_decoupled_are_the_channels_of_each_outputs_group():
+def test_patches_of_decoupled_are_the_channels_of_each_group():
     layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(3, 4, 5, 5)
     found = SCHEMES["decoupled"].input_patches(layer, x)
-    for output in range(6):
-        group = x[:, :2] if output < 3 else x[:, 2:]
-        assert torch.equal(found[output], group.movedim(1, -1).flatten(0, -2))
+    for patches, group in zip(found, x.chunk(2, 1), strict=True):
+        assert torch.equal(patches, group.movedim(1, -1).flatten(0, -2))
+
+
+def test_a_groups_whitening_is_for_all_of_its_outputs():
+    layer, x = nn.Conv2d(4, 6, 3, groups=2), correlated(32, 4, 5, 5)
+    ((_, found),) = whitenings(layer, {("", "decoupled"): (layer, SCHEMES["decoupled"])}, [x])
+    stack, white = SCHEMES["decoupled"].to_matrices(layer, layer.weight.detach()), found["", "decoupled"]
+    assert len(white.root) == 2
+    expected = [white.root[0] @ m for m in stack[:3].double()] + [white.root[1] @ m for m in stack[3:].double()]
+    torch.testing.assert_close(white.apply(stack), torch.stack(expected))
+    left, right = white.undo(white.apply(stack), torch.eye(9).double().expand(6, 9, 9))
+    torch.testing.assert_close(left @ right, stack.double(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_convolution_may_get_an_empty_batch():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), correlated(16, 3, 6, 6)
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), scheme="channel", include=["*"])
+    whole = rp.decompose(model, plan, calibration=[x])
+    parts = rp.decompose(model, plan, calibration=[x, x[:0]])
+    assert torch.equal(parts(x), whole(x))
+    plain = rp.decompose(model, plan, calibration=[x[:0]])
+    torch.testing.assert_close(plain(x), rp.decompose(model, plan)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_follow_the_outputs_where_calibrated():

@@ -278,7 +278,10 @@ def test_save_tensors_of_a_compiled_model(tmp_path: Path) -> None:
     model = Net()
     aliases = save_tensors(tmp_path / "dense.safetensors", torch.compile(model, backend="eager"))
     assert aliases == {"head.weight": "table.weight"}
-    assert read_tensors(tmp_path / "dense.safetensors").keys() == model.state_dict().keys() - aliases.keys()
+    tensors, other = read_tensors(tmp_path / "dense.safetensors"), Net()
+    assert tensors.keys() == model.state_dict().keys() - aliases.keys()
+    load_exactly(other, tensors, "dense.safetensors")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
 
 
 def test_an_artefact_of_an_empty_plan(tmp_path: Path) -> None:
@@ -316,3 +319,17 @@ def test_a_model_that_ties_what_the_artefact_has_apart_is_refused(artefact: Path
     apart = Net()
     apart.head.weight = nn.Parameter(torch.zeros_like(apart.table.weight))
     assert torch.equal(rp.load(artefact, apart).head.weight, small.head.weight)
+
+
+def test_lazy_layers_have_to_run_first(tmp_path: Path) -> None:
+    def lazy() -> nn.Sequential:
+        return nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+
+    model, x = lazy(), torch.randn(2, 16)
+    model(x)
+    small, plan = decomposed_all(model)
+    rp.save(tmp_path, small, plan)
+    with pytest.raises(rp.RankPruneError, match=r"layer '0' is .*no shape yet; run one forward pass first"):
+        rp.load(tmp_path, lazy())
+    with pytest.raises(rp.CheckpointError, match=r"0\.weight of the model has no shape yet"):
+        load_exactly(lazy(), model.state_dict(), "x")

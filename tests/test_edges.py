@@ -215,21 +215,19 @@ class Bare(torch.optim.Optimizer):
         self.optimizer.step(closure)
 
 
-class Sharing(Bare):
-    """One whose hooks are those of the optimizer that it steps, as in Lightning Fabric."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.__dict__ = {**vars(optimizer), "optimizer": optimizer}
-
-
 def test_a_wrapper_whose_step_runs_no_hooks_is_refused():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(rp.RankPruneError, match=r"step\(\) of this Bare runs no hooks; attach to the optimizer that it wraps"):
         rp.TRP(model, rule=rp.Energy(0.9)).attach(Bare(optimizer))
-    wrapper = Sharing(optimizer)
-    trp = rp.TRP(model, rule=rp.Energy(0.9)).attach(wrapper)
-    step(model, wrapper)
+
+
+def test_the_optimizer_of_lightning_fabric_shares_the_hooks_of_the_one_it_steps():
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    model = network()
+    module, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    trp = rp.TRP(module.module, rule=rp.Energy(0.9)).attach(optimizer)
+    step(module, optimizer)
     assert trp.steps == 1
 
 

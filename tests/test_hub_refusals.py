@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import toy
 
 pytest.importorskip("huggingface_hub")
 
-from rankprune.integrations.builder import build
+from rankprune.integrations.builder import build, name_of, own_builder
 from rankprune.integrations.hub import LowRank
 from shareable import ARGUMENTS, Net, shared
 
@@ -130,3 +131,22 @@ def test_a_configuration_cannot_name_code_to_run() -> None:
     hostile = {"_attn_implementation": "evil/kernel", "experts_implementation": "evil/kernel", "use_kernels": True}
     given = {"width": 3, **hostile, "text_config": {"depth": 2, "attn_implementation": "evil/kernel"}, "parts": [hostile]}
     assert build(Model, {"config": given}).config == {"width": 3, "text_config": {"depth": 2}, "parts": [{}]}
+
+
+def test_what_cannot_be_saved_leaves_the_older_folder_whole(tmp_path: Path) -> None:
+    good = shared()
+    good.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(rp.CheckpointError):
+        LowRank(Net(**ARGUMENTS), good.plan).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_code_from_the_hub_is_no_builder_that_others_can_import() -> None:
+    kind = type("Remote", (nn.Module,), {"__module__": "transformers_modules.org.model.1f0c.modeling", "config_class": dict})
+    remote = kind()
+    remote.config = SimpleNamespace(to_json_string=lambda: "{}")
+    assert own_builder(remote) == (None, {"config": {}})
+    assert name_of("package.module:build") == "package.module:build"
+    with pytest.raises(rp.RankPruneError, match="nobody could import it"):
+        name_of(kind)

@@ -138,6 +138,13 @@ def quantized() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(16, 16)))
 
 
+def convolution(**set_later: object) -> nn.Module:
+    layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect" if "padding" in set_later else "zeros")
+    for name, value in set_later.items():
+        setattr(layer, name, value)
+    return OnFields(layer)
+
+
 def replaced_forward(layer: nn.Linear) -> None:
     layer.forward = lambda x: x + 1
 
@@ -165,6 +172,9 @@ RUNNING = {
     "pre-hook": (lambda: changed(lambda m: m.register_forward_pre_hook(lambda *a: None)), "odd", "hooks"),
     "backward hook": (lambda: changed(lambda m: m.register_full_backward_hook(lambda *a: None)), "odd", "hooks"),
     "forward": (lambda: changed(replaced_forward), "odd", "forward has been replaced"),
+    "a stride of one number": (lambda: convolution(stride=1), "odd.inner", "its stride is 1, not 2 numbers"),
+    "a dilation of one number": (lambda: convolution(dilation=1), "odd.inner", "its dilation is 1, not 2 numbers"),
+    "a padding that is ignored": (lambda: convolution(padding=(0, 0)), "odd.inner", "'reflect' ignores"),
     "first convolution": (lambda: OnFields(nn.Conv2d(4, 4, 3, padding=1)), "odd.inner", "first convolution"),
     "last linear": (nn.Identity, "last", "last Linear"),
 }

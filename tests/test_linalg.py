@@ -284,6 +284,12 @@ def drifted(rows: int, columns: int, rank: int, drift: float) -> tuple[Tensor, T
     return moved.float(), (u if rows <= columns else vh.mT)[:, :rank].float()
 
 
+def test_after_the_first_time_float32_does_also_where_no_layer_has_a_start() -> None:
+    stacks = {("layer", "linear"): torch.randn(1, 300, 300)}
+    assert linalg.bases_by_layer(stacks)["layer", "linear"].vectors.dtype == torch.float64
+    assert linalg.bases_by_layer(stacks, {})["layer", "linear"].vectors.dtype == torch.float32
+
+
 @pytest.mark.parametrize("drift", [0.0, 1e-4, 0.01, 0.2])
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300), (400, 400)])
 def test_started_from_the_last_vectors_the_projection_is_hardly_worse_than_the_best(shape, drift: float) -> None:

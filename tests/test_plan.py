@@ -391,3 +391,19 @@ def test_two_plans_in_one() -> None:
     for wrong in (other, rp.make_plan(nn.Sequential(nn.Linear(8, 8)), rule=rp.FixedRank(2), include=["*"])):
         with pytest.raises(rp.RankPruneError, match="not of the same model, or not of example inputs"):
             a | wrong
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_older_one_whole(
+    plan: rp.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.save(tmp_path / "plan.json")
+
+    def full(file: Path, text: str) -> None:
+        file.write_bytes(text.encode()[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        plan.save(tmp_path / "plan.json")
+    assert rp.Plan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

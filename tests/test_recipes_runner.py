@@ -54,6 +54,7 @@ ALWAYS = {
     *("source", "test_digest", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "wall_s", "log"),
     *("macs_dense", "params_dense"),
     *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_threads", "ms_batch"),
+    "ms_device",
     "ms_spread",
 }
 DECOMPOSED = {"ranks", "plan", "spectra"}

@@ -393,3 +393,38 @@ def test_a_state_that_cannot_be_read_changes_nothing() -> None:
     with pytest.raises(rp.CheckpointError, match="format 1"):
         fresh.load_state_dict(state)
     assert fresh.state_dict() == before
+
+
+@pytest.mark.parametrize("changed", [{"rule": rp.Budget(macs=0.3)}, {"round_to": 3}], ids=["rule", "round_to"])
+@pytest.mark.parametrize("more", [0, 3], ids=["finalized", "trained on"])
+def test_ranks_are_chosen_anew_where_the_rule_changed(changed: dict, more: int) -> None:
+    settings = {"rule": rp.Budget(macs=0.6), "scheme": "spatial", "every": 3, "freeze": 3, "example_inputs": X}
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, **settings).attach(optimizer)
+    train(model, optimizer, range(6))
+    trp.detach()
+    state = trp.state_dict()
+    other = rp.TRP(model, **settings | changed)
+    with pytest.warns(UserWarning, match=r"a training with Budget\(macs=0.6\), round_to=1; from the next projection"):
+        other.load_state_dict(state)
+    other.attach(optimizer)
+    train(model, optimizer, range(6, 6 + more))
+    other.finalize()
+    assert other.plan is not None
+    assert other.plan.ranks != trp.plan.ranks
+    assert other.plan.rule == repr(changed.get("rule", settings["rule"]))
+    assert all(rank % changed.get("round_to", 1) == 0 for rank in other.plan.ranks.values())
+
+
+def test_terms_that_a_state_lacks_are_found_anew() -> None:
+    """As those of sharded weights, beside others that are whole."""
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=3, nuclear=3e-3).attach(optimizer)
+    train(model, optimizer, range(4))
+    state = trp.state_dict()
+    state["subgradients"].popitem()
+    trp.load_state_dict(state)
+    train(model, optimizer, range(4, 5))
+    assert trp.state_dict()["subgradients"].keys() == state["layers"].keys()

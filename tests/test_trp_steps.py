@@ -298,3 +298,12 @@ def test_a_step_within_autocast_is_as_one_without() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             train(model, optimizer, 4)
     assert_same(*models, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_and_scales_that_only_together_fit_into_float16() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.grad_scale = torch.tensor(2.0**17)  # as a GradScaler tells a fused one
+    add_to_gradients(optimizer, {weight: torch.eye(2)}, 1e-3)
+    torch.testing.assert_close(weight.grad, torch.eye(2).half() * 131.1, rtol=1e-2, atol=0)

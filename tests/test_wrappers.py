@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rankprune as rp
 from rankprune.layers import unwrap
@@ -64,3 +65,30 @@ def test_a_compiled_layer_inside_a_model_still_runs() -> None:
     project(model, plan)
     with torch.no_grad():
         assert torch.allclose(rp.decompose(model, plan)(x), model(x), atol=1e-5)
+
+
+def checkpointed() -> Net:
+    """With activation checkpointing of a block and of a single layer, as Accelerate and FSDP2 recipes set it up."""
+    model = Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    model.odd = checkpoint_wrapper(model.odd)
+    model.plain = checkpoint_wrapper(model.plain)
+    return model
+
+
+def test_activation_checkpointing_leaves_names_alone(tmp_path: Path) -> None:
+    model, fresh, x = checkpointed(), Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))), torch.randn(8, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.TRP(model, rule=rp.FixedRank(2), every=1, nuclear=1e-3, example_inputs=x).attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    rp.TRP(fresh, rule=rp.FixedRank(2), every=1, nuclear=1e-3, example_inputs=x).load_state_dict(trp.state_dict())
+    small, into = trp.finalize(), trp.finalize(into=fresh)
+    assert trp.plan is not None
+    assert trp.plan.ranks == {"plain": 2, "odd.0": 2, "odd.2": 2}
+    assert rp.count(small, x).macs < rp.count(model, x).macs
+    rp.save(tmp_path, small, trp.plan)
+    loaded = rp.load(tmp_path, Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))))
+    for other in (small, into, loaded, rp.load(tmp_path, checkpointed())):
+        assert torch.allclose(other(x), model(x), atol=1e-5)

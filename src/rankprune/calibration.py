@@ -29,6 +29,8 @@ Layers = Mapping[tuple[str, str], tuple[nn.Module, Scheme[Any]]]
 class Whitening:
     """The square root of an input covariance and its inverse, (matrices, size, size) float64, for one side of a stack.
 
+    Where there are fewer than matrices in the stack, each is for as many that follow one another.
+
     Truncating the whitened stack loses the least energy in the layer's *output*, instead of in its weight (as in SVD-LLM).
     """
 
@@ -38,17 +40,24 @@ class Whitening:
 
     def apply(self, stack: Tensor) -> Tensor:
         """(stack, rows, columns) -> the same in float64, whitened on the side that faces the input."""
-        return self.root @ stack.double() if self.on_rows else stack.double() @ self.root
+        root = _for_each(self.root, stack)
+        return root @ stack.double() if self.on_rows else stack.double() @ root
 
     def undo(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of a whitened stack -> of the stack itself, none much larger than the other, as linalg.factors has them.
 
         Shapes: (stack, rows, r), (stack, r, columns).
         """
-        left, right = (self.inverse @ left, right) if self.on_rows else (left, right @ self.inverse)
+        inverse = _for_each(self.inverse, left)
+        left, right = (inverse @ left, right) if self.on_rows else (left, right @ inverse)
         norms = left.norm(dim=(-2, -1), keepdim=True), right.norm(dim=(-2, -1), keepdim=True)
         scale = torch.where(norms[0] * norms[1] > 0, norms[1] / norms[0], 1.0).sqrt()
         return left * scale, right / scale
+
+
+def _for_each(matrices: Tensor, stack: Tensor) -> Tensor:
+    """Each of the matrices, which may be one for all, as often as there are matrices in the stack that it is for."""
+    return matrices if len(matrices) == 1 else matrices.repeat_interleave(len(stack) // len(matrices), 0)
 
 
 Whitenings = dict[tuple[str, str], Whitening]
@@ -81,8 +90,8 @@ def whitenings(
 def _values(module: nn.Module, scheme: Scheme[Any]) -> int:
     """How many a layer's covariance has."""
     weight = module.get_parameter("weight")
-    stack, rows, columns = scheme.to_matrices(module, torch.empty_like(weight, device="meta")).shape
-    return (stack if getattr(module, "groups", 1) > 1 else 1) * (rows if scheme.input_on_rows else columns) ** 2
+    _, rows, columns = scheme.to_matrices(module, torch.empty_like(weight, device="meta")).shape
+    return getattr(module, "groups", 1) * (rows if scheme.input_on_rows else columns) ** 2
 
 
 @torch.no_grad()
@@ -121,6 +130,8 @@ def _in_few_values(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     kernel = getattr(module, "kernel_size", ())
     if x.dim() != len(kernel) + 2 or not kernel:  # of Linear layers nothing is unrolled
         return (x,)
+    if not x.numel():  # as where a detector has found nothing
+        return ()
     return x.split(max(1, _UNROLLED // max(1, x[0].numel() * math.prod(kernel))))
 
 

@@ -1,7 +1,7 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankprune.cost import parameter_count
 from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.files import draft_of
-from rankprune.layers import unwrap
+from rankprune.layers import named_modules, unwrap
 from rankprune.plan import Plan
 from rankprune.schemes.base import Convolution
 
@@ -36,7 +37,7 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         CheckpointError: if the model does not have the pairs that the plan speaks of.
     """
     model = unwrap(model)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for name, entry in plan.decomposed.items():
         pair = modules.get(name)
         if not isinstance(pair, nn.Sequential) or len(pair) != 2 or parameter_count(pair) != entry.params_after:
@@ -163,7 +164,7 @@ def _read_head(folder: Path) -> _Head:
 def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What tensors do not tell of each convolution: stride, padding and the like, as JSON gives them back."""
     fields = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, Convolution)}
+    convolutions = {name: m for name, m in named_modules(model).items() if isinstance(m, Convolution)}
     return {name: json.loads(json.dumps({f: getattr(m, f) for f in fields}, default=int)) for name, m in convolutions.items()}
 
 
@@ -185,7 +186,12 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     own = model.state_dict()
     if meta := [name for name, value in own.items() if isinstance(value, Tensor) and value.is_meta]:
         raise CheckpointError(f"{meta[0]} of the model is on the meta device; build the model on a real one")
+    if lazy := [name for name, value in own.items() if is_lazy(value)]:
+        raise CheckpointError(f"{lazy[0]} of the model has no shape yet; run one forward pass first")
     tensors = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(tensors)
+    for names in _tied(model):  # files of safetensors hold a shared tensor once
+        if given := next((name for name in names if name in tensors), None):
+            tensors = {name: tensors[given] for name in names if name in own} | tensors
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in own]
     problems += [
@@ -213,17 +219,23 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def _check_ties(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Make sure that names for one tensor of the model have equal values; of others the last one would win."""
-    first: dict[int, str] = {}
-    slots = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, slot in slots:
-        if name not in tensors:
-            continue
-        one, other = tensors[first.setdefault(id(slot), name)], tensors[name]
-        if one is not other and (one.dtype != other.dtype or not torch.equal(one, other)):
-            raise CheckpointError(
-                f"{source!r} holds different values for {first[id(slot)]!r} and {name!r}, which are one tensor in this "
-                f"{type(model).__name__}. Build the model without tying them"
-            )
+    for names in _tied(model):
+        first, *others = [name for name in names if name in tensors] or names[:1]
+        for name in others:
+            one, other = tensors[first], tensors[name]
+            if one is not other and (one.dtype != other.dtype or not torch.equal(one, other)):
+                raise CheckpointError(
+                    f"{source!r} holds different values for {first!r} and {name!r}, which are one tensor in this "
+                    f"{type(model).__name__}. Build the model without tying them"
+                )
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter and buffer that has several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, slot in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        names[id(slot)].append(name)
+    return [each for each in names.values() if len(each) > 1]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

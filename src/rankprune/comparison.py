@@ -11,7 +11,7 @@ from rankprune.backends import BACKENDS, backend_named
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.latency import Subject, measure_layer, ranks_to_try
-from rankprune.layers import unwrap
+from rankprune.layers import named_modules, unwrap
 from rankprune.passes import undisturbed
 from rankprune.planner import Planner
 from rankprune.ranks import RankFraction
@@ -91,7 +91,7 @@ def layer_curve(
         RankPruneError: if there is no such layer.
     """
     model = unwrap(model)
-    if name not in dict(model.named_modules()):
+    if name not in named_modules(model):
         raise RankPruneError(f"there is no layer {name!r}; the model's modules are named as in model.named_modules()")
     options = Planner(model, scheme=scheme, rule=RankFraction(1.0), example_inputs=x, include=[name]).survey.options[name]
     ranks = {o.scheme: ranks_to_try(o.full_rank, count) for o in options}

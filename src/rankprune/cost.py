@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, call
-from rankprune.layers import is_decomposable, is_matrix, is_packed, unwrap
+from rankprune.layers import is_decomposable, is_matrix, is_packed, named_modules, unwrap
 from rankprune.passes import uncompiled
 
 _OF_A_PAIR = frozenset(dir(nn.Sequential()))
@@ -71,7 +71,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
     64
     """
     model = unwrap(model)
-    leaves = {name: m for name, m in model.named_modules() if next(m.children(), None) is None or is_packed(m)}
+    leaves = {name: m for name, m in named_modules(model).items() if next(m.children(), None) is None or is_packed(m)}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in leaves}
     flops = dict.fromkeys(leaves, 0)
     obstacles: dict[str, str] = {}

@@ -41,7 +41,7 @@ class LowRankIteration:
         self.schedule, self.nuclear = schedule, nuclear
         self._planner, self._factorizer = planner, planner.factorizer
         self._annealed = True
-        self._starts: dict[Key, Tensor] = {}
+        self._starts: dict[Key, Tensor] | None = None
 
     def project(self, steps: int) -> Plan:
         """Choose ranks as is due after so many steps, and project; see TRP.project."""
@@ -111,6 +111,7 @@ class LowRankIteration:
         return {
             "layers": self._shapes(),
             "scheme": self._planner.scheme,
+            "ranks_by": self._ranks_by,
             "projected_at": self.projected_at,
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
@@ -121,7 +122,7 @@ class LowRankIteration:
                 for name, term in self.subgradients.items()
                 if team.size == 1 or not is_sharded(term)
             },
-            "starts": self._starts if team.size == 1 else {},
+            "starts": self._starts if team.size == 1 else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,7 +149,21 @@ class LowRankIteration:
             name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
             for name, term in state["subgradients"].items()
         }
-        self._starts = {(name, scheme): start.to(weights[name].device) for (name, scheme), start in state["starts"].items()}
+        if self.subgradients.keys() != weights.keys():  # those of shards are not in it: all are found anew
+            self.subgradients = {}
+        starts = state["starts"]
+        self._starts = starts and {(name, scheme): start.to(weights[name].device) for (name, scheme), start in starts.items()}
+        if state["ranks_by"] != self._ranks_by:
+            self._annealed = True
+            warnings.warn(
+                f"this state is of a training with {state['ranks_by']}; from the next projection on ranks are chosen by "
+                f"{self._ranks_by}",
+                stacklevel=3,
+            )
+
+    @property
+    def _ranks_by(self) -> str:
+        return f"{self._planner.rule!r}, round_to={self._planner.round_to}"
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._factorizer.layers.items()}

@@ -14,6 +14,7 @@ from rankprune.errors import RankPruneError
 from rankprune.schemes import CONVOLUTIONS, is_linear
 from rankprune.schemes.base import Convolution
 
+_CHECKPOINTED = "_checkpoint_wrapped_module"
 _KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
 
@@ -58,6 +59,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names that state_dicts know them by: without what torch's checkpoint_wrapper puts into them.
+
+    The wrapper for activation checkpointing and what it wraps have one name; that is the wrapped module's.
+    """
+    return {".".join(p for p in name.split(".") if p != _CHECKPOINTED): module for name, module in model.named_modules()}
+
+
 def select(
     model: nn.Module,
     include: Sequence[str] | None = None,
@@ -80,7 +89,7 @@ def select(
     """
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude or ()
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     holders = {name: m for name, m in modules.items() if _holds_matrix(m)}
     shared = _shared_parameters(modules)
     reasons = {name: _unfit(name, m, shared, calls) for name, m in holders.items()}
@@ -175,8 +184,8 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return f"its weight is a {type(weight.data).__name__}, no plain tensor"
     if weight.layout != torch.strided:
         return f"its weight is of layout {weight.layout}"
-    if isinstance(module, Convolution) and tuple(weight.shape) != _shape_of(module):
-        return f"its weight of shape {tuple(weight.shape)} is not what its other attributes say: {_shape_of(module)}"
+    if isinstance(module, Convolution) and (reason := _inconsistent(module, weight)):
+        return reason
     if weight.is_meta:
         return "its weight is on the meta device and holds no values"
     if weight.numel() == 0:
@@ -188,6 +197,23 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
     return None if calls is None else calls[name]
+
+
+def _inconsistent(layer: Convolution, weight: Tensor) -> str | None:
+    """Which of a convolution's attributes, which may have been set after it was built, do not go together; None if all do."""
+    if tuple(weight.shape) != _shape_of(layer):
+        return f"its weight of shape {tuple(weight.shape)} is not what its other attributes say: {_shape_of(layer)}"
+    numbers = {name: getattr(layer, name) for name in ("stride", "dilation", "padding", "output_padding")}
+    for name, value in numbers.items():
+        if not isinstance(value, str) and (not isinstance(value, Sequence) or len(value) != len(layer.kernel_size)):
+            return f"its {name} is {value!r}, not {len(layer.kernel_size)} numbers"
+    if layer.padding_mode != "zeros" and not isinstance(layer.padding, str):
+        sides = [side for side in reversed(layer.padding) for _ in range(2)]
+        if list(layer._reversed_padding_repeated_twice) != sides:
+            return (
+                f"its padding was set to {layer.padding} after it was built, which padding_mode={layer.padding_mode!r} ignores"
+            )
+    return None
 
 
 def _shape_of(layer: Convolution) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class Basis:
 
 
 @torch.no_grad()
-def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tensor | None] = ()) -> list[Basis]:
+def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tensor | None] | None = None) -> list[Basis]:
     """The basis of each stack (stack, rows, columns); stacks of equal matrix shape are factored in one batch.
 
     Args:
@@ -76,7 +76,7 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
     batches: dict[tuple, list[int]] = defaultdict(list)
     fill: dict[tuple, int] = defaultdict(int)
     for i, stack in enumerate(stacks):
-        basis = _from_start(stack.detach(), starts[i]) if starts else None
+        basis = _from_start(stack.detach(), starts[i]) if starts is not None else None
         if basis is not None:
             found[i] = basis
         else:
@@ -111,7 +111,7 @@ def bases_by_layer(
     stacks: Mapping[tuple[str, str], Tensor], starts: Mapping[tuple[str, str], Tensor] | None = None
 ) -> dict[tuple[str, str], Basis]:
     """As bases, for stacks by (layer name, scheme name)."""
-    known = [starts.get(key) for key in stacks] if starts else ()
+    known = [starts.get(key) for key in stacks] if starts is not None else None
     return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks], known), strict=True))
 
 

@@ -20,8 +20,9 @@ def runs_hooks(optimizer: Optimizer) -> bool:
     """
     if getattr(type(optimizer).step, "hooked", False):
         return True
-    hooks, inner = vars(optimizer).get("_optimizer_step_pre_hooks"), getattr(optimizer, "optimizer", None)
-    return hooks is not None and isinstance(inner, Optimizer) and vars(inner).get("_optimizer_step_pre_hooks") is hooks
+    inner = getattr(optimizer, "optimizer", None)
+    hooks, theirs = (getattr(each, "_optimizer_step_pre_hooks", None) for each in (optimizer, inner))
+    return hooks is not None and isinstance(inner, Optimizer) and theirs is hooks
 
 
 def refuse_capture() -> None:
@@ -93,13 +94,15 @@ def _above(frame: FrameType | None) -> Iterator[FrameType]:
 def add_to_gradients(optimizer: Optimizer, terms: Mapping[nn.Parameter, Tensor], strength: float) -> None:
     """Add `strength` times the term to the gradient of every parameter that has one, towards smaller terms."""
     # A GradScaler leaves the gradients of fused optimizers scaled, and tells the scale here.
-    scale = getattr(optimizer, "grad_scale", None)
+    scale: Callable[[], float] | Tensor | None = getattr(optimizer, "grad_scale", None)
+    if isinstance(scale, Tensor):
+        strength *= float(scale)
     ascending = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
     for weight, value in terms.items():
         if weight.grad is not None:
             term = value.to(weight.grad.dtype).to(weight.grad.device)  # the model may have moved since
             alpha = -strength if id(weight) in ascending else strength
-            weight.grad.add_(term if scale is None else term * scale.to(term.device), alpha=alpha)
+            weight.grad.add_(term, alpha=alpha)  # at once: in float16 a term times the scale alone may be too large
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

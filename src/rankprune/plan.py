@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from rankprune.errors import CheckpointError, RankPruneError
+from rankprune.files import draft_of
 from rankprune.latency import Setting
 
 FORMAT = 1
@@ -160,7 +161,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
-        Path(path).write_text(self.to_json())
+        with draft_of(Path(path)) as draft:
+            draft.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -31,8 +31,9 @@ class Planner:
         model: compile and DataParallel wrappers are looked through.
         scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"`` (per layer, whichever serves the rule best).
         rule: decides the ranks.
-        example_inputs: what the model is called with, a tensor, tuple or dict. Needed by rules that count MACs; where
-            given, "cheaper" is judged in MACs, otherwise in parameters.
+        example_inputs: what the model is called with, a tensor, tuple or dict. Needed by rules that count MACs. What
+            is cheaper is judged by what the rule counts; if it counts nothing, in MACs where these are given, otherwise in
+            parameters.
         include, exclude: shell patterns on module names, see rankprune.layers.select.
         round_to: ranks are rounded up to a multiple of this.
         calibration: inputs like example_inputs, some hundred images or sequences. Given, errors are measured in the

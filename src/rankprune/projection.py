@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
-from rankprune.layers import own_weight, unwrap
+from rankprune.layers import named_modules, own_weight, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
 from rankprune.schemes import SCHEMES
@@ -22,13 +22,15 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
     Raises:
         RankPruneError: if the model has no such module, or one of another type or shape.
     """
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     found = {}
     for name, entry in entries.items():
         module = modules.get(name)
         if module is None:
             raise RankPruneError(f"the plan names a layer {name!r}, which this {type(model).__name__} does not have")
         weight = own_weight(module)
+        if isinstance(weight, nn.UninitializedParameter):
+            raise RankPruneError(f"layer {name!r} is lazy and has no shape yet; run one forward pass first")
         shape = None if weight is None else tuple(weight.shape)
         if type(module).__name__ != entry.kind or shape != entry.shape:
             raise RankPruneError(

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
+from rankprune.layers import named_modules
 from rankprune.passes import put_in_modes
 
 
@@ -29,11 +30,11 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
         small = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise RankPruneError(f"this {type(model).__name__} cannot be copied by copy.deepcopy ({error})") from error
-    copied = dict(small.named_modules())
+    copied = named_modules(small)
     missing = [name for name, pair in pairs.items() if copied.get(name) is not pair]
     if missing:
         raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if name in pairs or name not in copied:
             continue
         for attribute in _compiled_methods(module):
@@ -45,7 +46,7 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
                 "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "
                 "TRP.finalize(into=...)"
             )
-    flags = {name: module.training for name, module in model.named_modules()}
+    flags = {name: module.training for name, module in named_modules(model).items()}
     modes = {copy: flags[name] for name, copy in copied.items() if name in flags}
     modes |= {half: flags[name] for name, pair in pairs.items() for half in pair.modules()}
     if any(module.training != training for module, training in modes.items()):  # some build themselves anew, in training mode

@@ -14,9 +14,9 @@ class Spectrum:
     """The singular values of a stack of matrices.
 
     Shapes: values (stack, known), descending, with known <= full_rank; energy (stack,), the sum of *all* squared values of each
-    matrix. Where known < full_rank, figures beyond the known values are the best that the rest can be: a rule that
-    chooses a rank within the known ones would choose the same with all of them at hand, and one that asks for more is
-    asked again once they are there (see rankprune.planner.Planner.plan).
+    matrix. Where known < full_rank, figures beyond the known values are the best that the rest can be: a rule for
+    single layers that chooses a rank within the known ones would choose the same with all of them at hand (a budget for the
+    network nearly), and one that asks for more is asked again once they are there (see rankprune.planner.Planner.plan).
     """
 
     values: Tensor

@@ -10,7 +10,7 @@ from rankprune.cost import LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
-from rankprune.layers import Layer, own_weight, select
+from rankprune.layers import Layer, named_modules, own_weight, select
 from rankprune.plan import LayerPlan
 from rankprune.ranks import Cost, break_even
 from rankprune.schemes import Scheme, schemes_for
@@ -75,7 +75,7 @@ def survey(
         if schemes:
             found.options[layer.name] = [_option(layer, s, row) for s in schemes]
         entries[layer.name] = _entry(layer.name, layer.module, row, reason)
-    found.dense.update({name: entries[name] for name, _ in model.named_modules() if name in entries})
+    found.dense.update({name: entries[name] for name in named_modules(model) if name in entries})
     if not found.options:
         why = "; ".join(f"{layer.name}: {entries[layer.name].reason}" for layer in selection.layers[:4])
         raise RankPruneError(f"scheme {scheme!r} can express none of the layers ({why}); try scheme='auto'")

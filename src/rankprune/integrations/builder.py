@@ -123,9 +123,12 @@ def name_of(builder: Builder | str) -> str:
 
 
 def _importable_name(target: Any) -> str | None:
-    """With the outermost package that has the target under its name; None for lambdas, what is in __main__, and the like."""
+    """With the outermost package that has the target under its name; None for lambdas, what is in __main__, and the like.
+
+    Nor has code that transformers got from the hub such a name: it is in a module that is called after a commit.
+    """
     module, qualname = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
-    if module is None or qualname is None or module == "__main__" or "<" in qualname:
+    if module is None or qualname is None or module.split(".")[0] in ("__main__", "transformers_modules") or "<" in qualname:
         return None
     parts = module.split(".")
     packages = [".".join(parts[: end + 1]) for end in range(len(parts))]

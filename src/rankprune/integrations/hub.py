@@ -93,7 +93,14 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
             CheckpointError: as rankprune.save does.
         """
         card = {"source": str(save_directory), **(model_card_kwargs or {})}
-        return super().save_pretrained(save_directory, model_card_kwargs=card, **options)
+        config = Path(save_directory) / _CONFIG
+        older = config.read_bytes() if config.is_file() else None
+        try:
+            return super().save_pretrained(save_directory, model_card_kwargs=card, **options)
+        except BaseException:
+            if older is not None and not config.exists():  # the mixin deletes it first
+                config.write_bytes(older)
+            raise
 
     def push_to_hub(
         self,
@@ -141,9 +148,10 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
     ) -> Self:
         """Load a decomposed model from a repository on the hub or a local folder; it is in eval mode.
 
-        Only safetensors and JSON files are read. The builder that config.json names is never imported or called, since
-        anybody may have written it: pass it yourself. Its arguments do come from config.json, so pass one that does no harm
-        with any; of the config of a transformers model, choices of implementations are left out, for they can name code.
+        Only safetensors and JSON files and the metadata of the card are read. The builder that config.json names is never
+        imported or called, since anybody may have written it: pass it yourself. Its arguments do come from config.json, so
+        pass one that does no harm with any; of the config of a transformers model, choices of implementations are left out,
+        for they can name code.
 
         Args:
             dense: a dense model of the same architecture, which is untouched, or what builds one: a function or class, called

@@ -27,7 +27,8 @@ class TRPCallback(OwnsTRP, Callback):
             after; "" is the whole module.
         optimizer: the index of the one that holds the weights, where there are several.
         settings: those of TRP; a float as ramp or freeze is a share of the whole training, and example_inputs are by default
-            the module's `example_input_array`.
+            the module's `example_input_array`. List StochasticWeightAveraging after this callback: where there is BatchNorm
+            it adds an epoch without steps, which would count.
 
     Attributes:
         trp: the TRP of the present or the last fit; None before the first.

@@ -114,7 +114,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         return {} if self.trp is None else {"global_step": self._progress.global_step, **self.trp.state_dict()}
 
     def _state_in_json(self) -> dict[str, Any]:
-        return {name: {} if name in ("subgradients", "starts") else value for name, value in self._state().items()}
+        return self._state() | {"subgradients": {}, "starts": None}
 
     def on_log(
         self,

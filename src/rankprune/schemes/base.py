@@ -64,8 +64,9 @@ class Scheme(ABC, Generic[L]):
     def input_patches(self, layer: L, x: Tensor) -> Tensor | None:
         """What the input-facing side of the matrices is multiplied with when `layer` runs on `x`.
 
-        Shapes: x as the layer is called with -> (matrices, samples, input-facing size), where one matrix may stand for all of
-        the stack; None where the layer does not multiply patches of its input (transposed convolutions).
+        Shapes: x as the layer is called with -> (matrices, samples, input-facing size), where one may be for several of the
+        stack that follow one another, or for all; None where the layer does not multiply patches of its input (transposed
+        convolutions).
         """
 
     def pair_like(self, layer: L, rank: int) -> nn.Sequential:

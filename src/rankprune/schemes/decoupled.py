@@ -16,10 +16,7 @@ class Decoupled(ConvolutionScheme):
         return super().unsupported(layer) or ("a pointwise kernel has nothing to decouple" if pointwise else None)
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
-        found = patches(layer, x, kernel_axes(layer)[:0])
-        if found is None or layer.groups == 1:
-            return found
-        return found.repeat_interleave(layer.out_channels // layer.groups, 0)
+        return patches(layer, x, kernel_axes(layer)[:0])
 
     def to_matrices(self, layer: Convolution, weight: Tensor) -> Tensor:
         return to_grouped(layer, weight).flatten(3).flatten(0, 1)
