@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test test-slow docs bench bench-cifar bench-paper bench-latency bench-imagenet bench-imagenette clean
+.PHONY: demo check test test-slow docs bench bench-cifar bench-paper bench-latency bench-imagenet bench-imagenette weights clean
 
 demo: .venv/ready
 	$(BIN)/rankprune demo
@@ -43,6 +43,11 @@ bench-cifar: .venv/ready
 	for row in $(call in_order,$(ROWS)); do $(RUN)/$$row.toml || exit 1; done
 	for row in $(SEEDED); do for seed in 1 2; do $(RUN)/$$row.toml --seed $$seed || exit 1; done; done
 	$(REPORT)
+
+# The dense networks behind the table that are kept here, to where the rows that learn from them or are compared with them look.
+weights:
+	for file in benchmarks/weights/*.safetensors; do run=runs/$$(basename $$file .safetensors); \
+	mkdir -p $$run && cp $$file $$run/dense.safetensors || exit 1; done
 
 # By the paper's own schedule, from scratch: 164 epochs a row, for a GPU.
 bench-paper: .venv/ready

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert isinstance(fresh.conv, nn.Conv1d)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no modes")
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        rp.save(tmp_path, *decomposed())
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("model.safetensors", "rankprune.json"), 0o640
+    )
 
 
 def test_saving_again_replaces(artefact: Path) -> None:

@@ -222,13 +222,16 @@ def test_a_wrapper_whose_step_runs_no_hooks_is_refused():
         rp.TRP(model, rule=rp.Energy(0.9)).attach(Bare(optimizer))
 
 
-def test_the_optimizer_of_lightning_fabric_shares_the_hooks_of_the_one_it_steps():
+def test_lightning_fabric():
+    """Its optimizer has the hooks of the one that it steps, and its module is looked through."""
     fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
     model = network()
     module, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    trp = rp.TRP(module.module, rule=rp.Energy(0.9)).attach(optimizer)
+    trp = rp.TRP(module, rule=rp.Energy(0.9), every=1).attach(optimizer)
     step(module, optimizer)
-    assert trp.steps == 1
+    assert trp.steps == len(trp.history) == 1
+    assert type(trp.finalize()) is type(model)
+    assert not any("module" in name for name in trp.history[0][1])
 
 
 def test_a_step_captured_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch):

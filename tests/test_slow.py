@@ -1,5 +1,6 @@
 """Minutes, a compiler, a GPU or real data: run with make test-slow, and RANKPRUNE_DATA set for the last."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -137,3 +138,21 @@ def test_batches_never_make_the_cpu_wait_for_the_gpu(tmp_path):
             torch.cuda.set_sync_debug_mode("default")
         assert len(found) == 3
         assert found[0][0].is_cuda
+
+
+WEIGHTS = sorted(Path(__file__).parents[1].glob("benchmarks/weights/*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", WEIGHTS, ids=lambda file: file.stem)
+def test_the_weights_that_are_kept_are_those_of_the_results(file):
+    images = Path(Folders.from_environment().data) / "cifar10"
+    if not images.is_dir():
+        pytest.skip("needs RANKPRUNE_DATA with cifar10/")
+    result = json.loads((file.parents[1] / "results" / f"{file.stem}.json").read_text())
+    test = load_images(images, "test")
+    if test.digest != result["test_digest"]:
+        pytest.skip("these are other images")
+    model = build(result["model"], len(test.classes))
+    load_exactly(model, read_tensors(file), str(file))
+    assert top1(model, eval_batches(test)) == pytest.approx(result["top1"], abs=0.02)

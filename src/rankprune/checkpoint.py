@@ -1,6 +1,7 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
+import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def save_tensors(path: str | Path, model: nn.Module, notes: Mapping[str, str] | 
     """
     tensors, aliases = _unique(unwrap(model).state_dict())
     save_file(tensors, path, None if notes is None else dict(notes))
+    os.umask(umask := os.umask(0))  # the only way to ask for it
+    Path(path).chmod(0o666 & ~umask)  # safetensors writes files that nobody else may read
     return aliases
 
 

@@ -49,10 +49,11 @@ def is_decomposable(module: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside torch.compile and (Distributed)DataParallel wrappers; names refer to it."""
+    """The user's own module in wrappers of torch.compile, (Distributed)DataParallel and Fabric; names refer to it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        if inner is None and (parallel or type(model).__name__ == "_FabricModule"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
