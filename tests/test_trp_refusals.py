@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
-from test_trp_state import network, sgd
+from small_loop import network, sgd
 
 BAD = {
     "every=0": {"every": 0},
