@@ -47,7 +47,7 @@ bench-cifar: .venv/ready
 # The dense networks behind the table that are kept here, to where the rows that learn from them or are compared with them look.
 weights:
 	for file in benchmarks/weights/*.safetensors; do run=runs/$$(basename $$file .safetensors); \
-	mkdir -p $$run && cp $$file $$run/dense.safetensors || exit 1; done
+	mkdir -p $$run && { [ -e $$run/dense.safetensors ] || cp $$file $$run/dense.safetensors; } || exit 1; done
 
 # By the paper's own schedule, from scratch: 164 epochs a row, for a GPU.
 bench-paper: .venv/ready

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.spectrum import Spectrum
 from small_loop import X, exactly_same, network, relative_macs, sgd, train
 
 
@@ -217,3 +218,18 @@ def test_after_a_finalize_in_the_ramp_the_ramp_goes_on_also_resumed() -> None:
     assert relative_macs(trp.plan) > 1.2 * in_full
     assert trp.settings == settings
     assert settings["ramp"] == 100
+
+
+class Half(rp.ranks.LocalRule):
+    """A rule of one's own, without a repr."""
+
+    def rank_of(self, spectrum: Spectrum) -> int:
+        return spectrum.full_rank // 2
+
+
+def test_a_rule_of_ones_own_is_the_same_one_after_resuming() -> None:
+    states = [rp.TRP(network(), rule=rule, every=3).state_dict() for rule in (Half(), rp.Energy(0.5))]
+    trp = rp.TRP(network(), rule=Half(), every=3)
+    trp.load_state_dict(states[0])
+    with pytest.warns(UserWarning, match=r"a training with Energy\(keep=0.5\), .* chosen by .*Half, "):
+        trp.load_state_dict(states[1])

@@ -1,5 +1,6 @@
 """What stands around a user's model, or around a part of it: torch.compile, DataParallel and the like."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rankprune as rp
+from rankprune.checkpoint import load_exactly, read_tensors, save_tensors
 from rankprune.layers import unwrap
 from rankprune.projection import project
 
@@ -92,3 +94,50 @@ def test_activation_checkpointing_leaves_names_alone(tmp_path: Path) -> None:
     loaded = rp.load(tmp_path, Net(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))))
     for other in (small, into, loaded, rp.load(tmp_path, checkpointed())):
         assert torch.allclose(other(x), model(x), atol=1e-5)
+
+
+class Head(nn.Module):
+    """Two names for one weight, and statistics that no state_dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.ones(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.scale
+
+
+def test_dtypes_ties_and_unsaved_buffers_within_activation_checkpointing(tmp_path: Path) -> None:
+    def build(wrap: bool) -> Net:
+        net = Net(Head())
+        net.odd = checkpoint_wrapper(net.odd) if wrap else net.odd
+        return net
+
+    model = build(True).to(torch.bfloat16)
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    small = rp.decompose(model, plan)
+    rp.save(tmp_path, small, plan)
+    assert json.loads((tmp_path / "rankprune.json").read_text())["buffers"] == {"odd.scale": "bfloat16"}
+    for wrap in (False, True):
+        loaded = rp.load(tmp_path, build(wrap))
+        assert {t.dtype for t in (*loaded.parameters(), *loaded.buffers())} == {torch.bfloat16}
+        x = torch.randn(2, 16, dtype=torch.bfloat16)
+        assert torch.equal(loaded(x), small(x))
+    save_tensors(tmp_path / "dense.safetensors", model)
+    load_exactly(build(True), read_tensors(tmp_path / "dense.safetensors"), "dense")
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors["odd.b.weight"] += 1
+    with pytest.raises(rp.CheckpointError, match=r"different values for 'odd\.a\.weight' and 'odd\.b\.weight'"):
+        load_exactly(build(True), tensors, "dense")
+
+
+def test_a_checkpointed_block_whose_forward_was_compiled_does_not_run_the_original() -> None:
+    model, x = checkpointed(), torch.randn(2, 16)
+    model.odd.forward = torch.compile(model.odd.forward, backend="eager")
+    plan = rp.make_plan(model, rule=rp.FixedRank(1))
+    small = rp.decompose(model, plan)
+    plain = checkpointed()
+    plain.load_state_dict(model.state_dict())
+    assert torch.allclose(small(x), rp.decompose(plain, plan)(x), atol=1e-6)

@@ -1,9 +1,9 @@
 """Files: decomposed models as safetensors and JSON, and the state_dicts that users have. Nothing here executes a pickle."""
 
 import json
-import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rankprune.cost import parameter_count
 from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.files import draft_of
-from rankprune.layers import named_modules, unwrap
+from rankprune.layers import named_modules, saved_name, unwrap
 from rankprune.plan import Plan
 from rankprune.schemes.base import Convolution
 
@@ -71,9 +71,12 @@ def save_tensors(path: str | Path, model: nn.Module, notes: Mapping[str, str] | 
         notes: texts to keep in the file's header.
     """
     tensors, aliases = _unique(unwrap(model).state_dict())
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, None if notes is None else dict(notes))
-    os.umask(umask := os.umask(0))  # the only way to ask for it
-    Path(path).chmod(0o666 & ~umask)  # safetensors writes files that nobody else may read
+    with suppress(OSError):  # some file systems have no modes
+        path.chmod(mode)  # safetensors writes files that nobody else may read
     return aliases
 
 
@@ -113,8 +116,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     tensors |= {alias: tensors[name] for alias, name in head.aliases.items() if name in tensors}
     load_exactly(small, tensors, str(folder))
     for name, buffer in small.named_buffers():
-        if name in head.buffers:
-            buffer.data = buffer.data.to(head.buffers[name])
+        if dtype := head.buffers.get(saved_name(name)):
+            buffer.data = buffer.data.to(dtype)
     return small
 
 
@@ -174,7 +177,8 @@ def _geometry(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
     """The dtypes of floating-point buffers that are in no state_dict, such as tables of positions."""
     saved = model.state_dict().keys()
-    buffers = {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
+    named = {saved_name(name): buffer for name, buffer in model.named_buffers()}
+    buffers = {name: b for name, b in named.items() if name not in saved and b.is_floating_point()}
     return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in buffers.items()}
 
 
@@ -211,8 +215,9 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     _check_ties(model, tensors, source)
     with torch.no_grad():
         for name, slot in (*model.named_parameters(), *model.named_buffers()):
-            if name in tensors and slot.dtype != tensors[name].dtype:
-                slot.data = slot.data.to(tensors[name].dtype)
+            given = tensors.get(saved_name(name))
+            if given is not None and slot.dtype != given.dtype:
+                slot.data = slot.data.to(given.dtype)
             if 0 in slot.stride() and slot.numel() > 1:
                 slot.data = slot.data.clone()  # an expanded tensor cannot be written to
     complete = OrderedDict(tensors)
@@ -237,7 +242,7 @@ def _tied(model: nn.Module) -> list[list[str]]:
     """The names of every parameter and buffer that has several."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, slot in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        names[id(slot)].append(name)
+        names[id(slot)].append(saved_name(name))
     return [each for each in names.values() if len(each) > 1]
 
 

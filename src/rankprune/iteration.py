@@ -153,7 +153,7 @@ class LowRankIteration:
             self.subgradients = {}
         starts = state["starts"]
         self._starts = starts and {(name, scheme): start.to(weights[name].device) for (name, scheme), start in starts.items()}
-        if state["ranks_by"] != self._ranks_by:
+        if state.get("ranks_by", self._ranks_by) != self._ranks_by:
             self._annealed = True
             warnings.warn(
                 f"this state is of a training with {state['ranks_by']}; from the next projection on ranks are chosen by "
@@ -163,7 +163,10 @@ class LowRankIteration:
 
     @property
     def _ranks_by(self) -> str:
-        return f"{self._planner.rule!r}, round_to={self._planner.round_to}"
+        rule, kind = self._planner.rule, type(self._planner.rule)
+        nameless = kind.__repr__ is object.__repr__  # which tells an address
+        said = f"{kind.__module__}.{kind.__qualname__}" if nameless else repr(rule)
+        return f"{said}, round_to={self._planner.round_to}"
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._factorizer.layers.items()}

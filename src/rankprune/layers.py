@@ -61,11 +61,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by the names that state_dicts know them by: without what torch's checkpoint_wrapper puts into them.
+    """The modules by the names that state_dicts know them by; the wrapper of a checkpointed module is left out."""
+    return {saved_name(name): module for name, module in model.named_modules()}
 
-    The wrapper for activation checkpointing and what it wraps have one name; that is the wrapped module's.
-    """
-    return {".".join(p for p in name.split(".") if p != _CHECKPOINTED): module for name, module in model.named_modules()}
+
+def saved_name(name: str) -> str:
+    """The name of a module, parameter or buffer in state_dicts: without what torch's checkpoint_wrapper puts into it."""
+    return ".".join(part for part in name.split(".") if part != _CHECKPOINTED)
 
 
 def select(

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
-from rankprune.layers import named_modules
+from rankprune.layers import named_modules, saved_name
 from rankprune.passes import put_in_modes
 
 
@@ -34,21 +34,22 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
     missing = [name for name, pair in pairs.items() if copied.get(name) is not pair]
     if missing:
         raise RankPruneError(f"the __deepcopy__ of this {type(model).__name__} does not copy its layers {missing[:3]} as usual")
-    for name, module in named_modules(model).items():
-        if name in pairs or name not in copied:
+    copies, placed = dict(small.named_modules()), set(pairs.values())  # wrappers have names of their own here
+    for name, module in model.named_modules():
+        if name not in copies or copies[name] in placed:
             continue
         for attribute in _compiled_methods(module):
-            copied[name].__dict__.pop(attribute, None)
-        shared = isinstance(copied[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod")
-        if shared and any(pair.startswith(f"{name}." if name else "") for pair in pairs):
+            copies[name].__dict__.pop(attribute, None)
+        shared = isinstance(copies[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod")
+        if shared and any(pair.startswith(f"{saved_name(name)}." if name else "") for pair in pairs):
             raise RankPruneError(
                 f"the forward of {name or 'the model'!r} has been replaced on the instance by a function, which in a copy "
                 "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "
                 "TRP.finalize(into=...)"
             )
-    flags = {name: module.training for name, module in named_modules(model).items()}
-    modes = {copy: flags[name] for name, copy in copied.items() if name in flags}
-    modes |= {half: flags[name] for name, pair in pairs.items() for half in pair.modules()}
+    flags = {name: module.training for name, module in model.named_modules()}
+    modes = {copy: flags[name] for name, copy in copies.items() if name in flags}
+    modes |= {half: modules[name].training for name, pair in pairs.items() for half in pair.modules()}
     if any(module.training != training for module, training in modes.items()):  # some build themselves anew, in training mode
         put_in_modes(modes)
     for module in small.modules():  # keep these off their fast paths, which read linear1.weight

@@ -15,7 +15,8 @@ from rankprune.recipes.progress import Progress as Step
 
 console = Console()
 
-WIDE = 1000
+WIDE, NARROW = 1000, 12
+"""Characters: of a table in a file, and of a column of words that is folded."""
 
 
 class TrainingBars:
@@ -88,17 +89,19 @@ def _note(step: Step, epochs: int, steps_per_s: float | None, seconds_left: floa
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, note: str = "") -> None:
     """Print a table, all columns but the first `words` right-aligned, and a note under it; of one without rows the note."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    least = 0
     for i, column in enumerate(columns):
+        whole = max(map(len, (column, *(row[i] for row in rows))))
         if i < words:
             table.add_column(column, overflow="fold")
+            least += min(whole, NARROW)
         else:  # figures are never folded
-            whole = max(map(len, (column, *(row[i] for row in rows))))
             table.add_column(column, justify="right", no_wrap=True, min_width=whole)
+            least += whole
     for row in rows:
         table.add_row(*map(Text, row))
-    least = console.measure(table, options=console.options.update(max_width=WIDE)).minimum
-    width = max(console.width, least) if console.is_terminal else WIDE  # a terminal folds columns; a file has room
-    Console(width=width).print(table if rows else Text(title))
+    folded = max(console.width, least + 2 * len(columns))
+    Console(width=folded if console.is_terminal else WIDE).print(table if rows else Text(title))
     if note:
         say(note)
 

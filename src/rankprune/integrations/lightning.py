@@ -5,7 +5,7 @@ from typing import Any
 
 from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
-from rankprune.layers import unwrap
+from rankprune.layers import named_modules, unwrap
 from rankprune.trp import TRP
 
 try:
@@ -51,7 +51,7 @@ class TRPCallback(OwnsTRP, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the TRP, or take that of an earlier fit of this module, in the state of the checkpoint, and attach it."""
-        part = dict(pl_module.named_modules()).get(self.submodule)
+        part = named_modules(pl_module).get(self.submodule)
         if part is None:
             raise RankPruneError(f"submodule={self.submodule!r}: {type(pl_module).__name__} has no part of that name")
         trp = self.trp

@@ -115,7 +115,7 @@ class TrainBatches(Batches):
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of epoch `number` from batch `start` on."""
         order, generator = self._shuffled(number)
-        for i, index in enumerate(order.to(self.device)):
+        for i, index in enumerate(sent(order, self.device)):
             offsets = torch.randint(2 * self.pad + 1, (2, self.batch, 1), generator=generator)
             flips = torch.randint(2, (self.batch, 1), generator=generator).bool() & self.flip
             if i >= start:
