@@ -89,7 +89,7 @@ def compare(name: str, scheme: str, folders: Folders, rounds: int, projections: 
     for i in range(rounds + 1):
         restore()
         taken = {"projection": seconds(trp.project)}
-        restore(starts={})
+        restore(starts=None)  # as the first one of a training
         taken |= {"projection_cold": seconds(trp.project), "svd": seconds(svds)}
         taken["step"] = seconds(lambda: step(full))
         if i:  # the first is a warm-up

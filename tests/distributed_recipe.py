@@ -27,7 +27,8 @@ def learner(seed: int = 0) -> nn.Module:
 def recipe() -> None:
     """The recipes' loop averages gradients: on parts of batches it comes to the weights that it comes to on whole ones."""
     part = Processes(dist.get_rank(), dist.get_world_size()).part_of(8)
-    for config in (TrainConfig(epochs=2, compile=False), TrainConfig(epochs=2, compile=False, distill=0.7)):
+    for distill in (0.0, 0.7):
+        config = TrainConfig(epochs=2, precision="float32", compile=False, distill=distill)
         whole_batches, parts = learner(), learner()
         log = training.train(whole_batches, TrainBatches(coloured(40), 8, pad=1), config, teacher=learner(1))
         ours = training.train(parts, TrainBatches(coloured(40), 8, pad=1, part=part), config, teacher=learner(1))
@@ -39,7 +40,7 @@ def recipe() -> None:
 def recipe_killed() -> None:
     """Within an epoch, all processes at once: they go on from the first one's checkpoint to the same end."""
     part = Processes(dist.get_rank(), dist.get_world_size()).part_of(8)
-    config = TrainConfig(epochs=2, compile=False, checkpoint_steps=2)
+    config = TrainConfig(epochs=2, precision="float32", compile=False, checkpoint_steps=2)
 
     def learn(checkpoint: Path | None = None, on_step: Callable[[Progress], None] | None = None) -> nn.Module:
         model = learner()

@@ -218,6 +218,31 @@ def warm_up() -> None:
     assert trp.steps == 1, f"process {dist.get_rank()} counted {trp.steps}"
 
 
+class Reading(nn.Module):
+    """Its own code reads the weight of a layer, as T5's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.plain, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.plain(self.read(x.to(self.read.weight.dtype))))
+
+
+def reading() -> None:
+    """Sharded layers of which other code reads the weight are left alone, like whole ones."""
+    for shard in ([], ["read", "plain"]):
+        model = Reading()
+        for name in shard:
+            fully_shard(model.get_submodule(name))
+        fully_shard(model)
+        plan = rp.make_plan(model, torch.zeros(1, 16), rule=rp.FixedRank(2))
+        if not shard:
+            assert "reads its 'weight'" in plan.skipped["read"], plan.skipped
+            assert plan.ranks == {"plain": 2}
+        assert "read" not in plan.ranks
+
+
 def tensor_parallel() -> None:
     """Layers that are split over processes are left alone, and train on beside those that are not."""
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
@@ -261,6 +286,7 @@ if __name__ == "__main__":
         "plan-once": plan_once,
         "warm-up": warm_up,
         "tensor-parallel": tensor_parallel,
+        "reading": reading,
         "without-scatter": without_scatter,
         "resume-ddp": lambda: resume("ddp"),
         "resume-fsdp": lambda: resume("fsdp-mixed"),

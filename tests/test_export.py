@@ -8,9 +8,9 @@ from torch import nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend
 from rankprune.backends import onnxruntime as onnxruntime_backend
-from rankprune.backends.base import reason_of
+from rankprune.backends.base import reason_of, refused
 from rankprune.backends.onnxruntime import OnnxRuntime
-from rankprune.export import _difference
+from rankprune.export import _difference, _differences
 from rankprune.inputs import tensors
 
 
@@ -30,6 +30,39 @@ def test_the_file_computes_what_the_model_does_at_any_batch_size(tmp_path):
     many = torch.randn(7, 3, 8, 8)
     (found,) = session.run(None, {session.get_inputs()[0].name: many.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model.eval()(many), rtol=1e-4, atol=1e-5)
+
+
+class Looping(nn.Module):
+    """Takes its batch apart, so that it is exported for just that one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.square().sum(0) for part in x])
+
+
+class Bounded(nn.Module):
+    """Computes something else for large batches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1) if x.shape[0] <= 8 else x.amax(1)
+
+
+@pytest.mark.parametrize("model", [Looping(), Bounded()], ids=["fixed", "bounded"])
+def test_a_batch_that_cannot_be_left_open_is_told(model: nn.Module, tmp_path):
+    x = torch.randn(4, 3, 5)
+    with pytest.raises(rp.ExportError, match="try dynamic_batch=False"):
+        rp.export_onnx(model, x, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    assert rp.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False) < 1e-5
+
+
+def test_the_cache_that_a_language_model_returns_is_named():
+    error = refused(nn.Linear(1, 1), "onnxruntime", TypeError("(Found <class 'DynamicCache'> in output, no known type"), True)
+    assert str(error).endswith("set model.config.use_cache = False before planning, or export a part of it")
+
+
+def test_another_number_of_outputs_is_told():
+    with pytest.raises(rp.ExportError, match="returns 2 tensors and the exported one 1; no file"):
+        _differences([torch.zeros(1), torch.zeros(1)], [torch.zeros(1)])
 
 
 def test_what_one_onnx_file_cannot_hold_lies_beside_it(tmp_path, monkeypatch):

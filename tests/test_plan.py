@@ -396,6 +396,8 @@ def test_two_plans_in_one() -> None:
 def test_a_plan_that_cannot_be_written_leaves_the_older_one_whole(
     plan: rp.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(rp.RankPruneError, match="there is no folder"):
+        plan.save(tmp_path / "none" / "plan.json")
     plan.save(tmp_path / "plan.json")
 
     def full(file: Path, text: str) -> None:
@@ -407,3 +409,9 @@ def test_a_plan_that_cannot_be_written_leaves_the_older_one_whole(
         plan.save(tmp_path / "plan.json")
     assert rp.Plan.load(tmp_path / "plan.json") == plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_by_another_rule_than_the_planners_says_so() -> None:
+    planner = Planner(ConvNet(), scheme="spatial", rule=rp.Energy(0.9))
+    factored = planner.factorizer.factor()
+    assert [planner.plan(factored, rule).rule for rule in (None, rp.Energy(0.5))] == ["Energy(keep=0.9)", "Energy(keep=0.5)"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rankprune as rp
-from rankprune.budget import Budget
+from rankprune.budget import Budget, _spent
 from rankprune.ranks import Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
 from rankprune.rules import parse_rule as parse
 from rankprune.spectrum import Spectrum
@@ -366,3 +366,26 @@ def test_annealing_runs_from_everything_to_the_rule(rule: RankRule) -> None:
 def test_a_rule_that_cannot_be_annealed_says_so(rule: RankRule) -> None:
     with pytest.raises(rp.RankPruneError, match="annealed"):
         rule.relaxed(0.5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_budget_has_left_goes_to_the_change_that_gains_most_of_all(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.randint(1, 60, (6, 9), generator=generator).double()
+    errors = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    costs[0, 5:] = errors[0, 5:] = math.inf  # a layer with fewer options
+    picks, allowed = costs.argmin(1), 150.0
+    expected = picks.clone()
+
+    def total() -> float:
+        return float(costs.gather(1, expected[:, None]).sum())
+
+    while True:
+        gain, step = errors.gather(1, expected[:, None]) - errors, costs - costs.gather(1, expected[:, None])
+        rate = torch.where((gain > 0) & (step <= allowed - total()), gain / step.clamp(min=1e-9), 0.0)
+        best = int(rate.argmax())
+        if rate.view(-1)[best] <= 0:
+            break
+        expected[best // 9] = best % 9
+    assert torch.equal(_spent(picks, costs, errors, allowed - float(costs.gather(1, picks[:, None]).sum())), expected)
+    assert not torch.equal(picks, expected)

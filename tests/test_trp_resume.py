@@ -233,3 +233,17 @@ def test_a_rule_of_ones_own_is_the_same_one_after_resuming() -> None:
     trp.load_state_dict(states[0])
     with pytest.warns(UserWarning, match=r"a training with Energy\(keep=0.5\), .* chosen by .*Half, "):
         trp.load_state_dict(states[1])
+
+
+def test_ranks_that_stay_are_in_a_state_once() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.FixedRank(3), every=1).attach(optimizer)
+    train(model, optimizer, range(4))
+    trp.detach()
+    state = trp.state_dict()
+    assert [(step, ranks is None) for step, ranks in state["history"]] == [(1, False), (2, True), (3, True), (4, True)]
+    other = rp.TRP(model, rule=rp.FixedRank(3), every=1)
+    other.load_state_dict(through_a_file(state))
+    assert other.history == trp.history
+    assert other.history[0][1] is other.history[3][1]

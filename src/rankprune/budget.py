@@ -128,11 +128,29 @@ def _least_error(options: Sequence[_Options], allowed: int) -> list[int]:
             picks, high = trial, middle
         else:
             low = middle
-    while True:  # spend what is left: the change that gains most error per cost and still fits, until none does
-        gain = errors.gather(1, picks[:, None]) - errors
-        step = costs - costs.gather(1, picks[:, None])
-        rate = torch.where((gain > 0) & (step <= allowed - total(picks)), gain / step.clamp(min=1e-9), 0.0)
-        best = int(rate.argmax())
-        if rate.view(-1)[best] <= 0:
-            return picks.tolist()
-        picks[best // rate.shape[1]] = best % rate.shape[1]
+    return _spent(picks, costs, errors, allowed - total(picks)).tolist()
+
+
+def _spent(picks: Tensor, costs: Tensor, errors: Tensor, left: float) -> Tensor:
+    """Picks that also spend what is left: the change that gains most error per cost and still fits, until none does.
+
+    Shapes: picks (layers,), costs and errors (layers, options).
+    """
+    picks, best = picks.clone(), torch.zeros_like(picks)
+    rates = torch.zeros(len(picks), dtype=costs.dtype, device=costs.device)
+
+    def look(rows: Tensor) -> None:
+        gain = errors[rows].gather(1, picks[rows, None]) - errors[rows]
+        step = costs[rows] - costs[rows].gather(1, picks[rows, None])
+        rate = torch.where((gain > 0) & (step <= left), gain / step.clamp(min=1e-9), 0.0)
+        rates[rows], best[rows] = rate.max(1)
+
+    every = torch.arange(len(picks), device=picks.device)
+    look(every)
+    while rates[row := rates.argmax()] > 0:
+        step = float(costs[row, best[row]] - costs[row, picks[row]])
+        if step <= left:  # else it did fit when this layer was looked at
+            picks[row] = best[row]
+            left -= step
+        look(every if step < 0 else row[None])
+    return picks

@@ -1,9 +1,11 @@
 """What a model costs: multiply-accumulates, counted by running it, and parameters. The model is left as it was."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, call
 from rankprune.layers import is_decomposable, is_matrix, is_packed, named_modules, unwrap
@@ -120,13 +121,13 @@ def count(model: nn.Module, x: Inputs) -> Count:
 @contextmanager
 def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
     """Call `read` with the name of every attribute that is read of a decomposable layer and that a pair of layers lacks."""
-    if not is_decomposable(module) or any(is_sharded(p) for p in module.parameters()):  # FSDP reads and writes it
+    if not is_decomposable(module):
         yield
         return
     kind = type(module)
 
     def tell(layer: nn.Module, attribute: str) -> Any:
-        if attribute not in _OF_A_PAIR:
+        if attribute not in _OF_A_PAIR and not _reads_for_fsdp(sys._getframe(1)):
             read(attribute)
         return kind.__getattribute__(layer, attribute)
 
@@ -135,6 +136,11 @@ def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         module.__class__ = kind
+
+
+def _reads_for_fsdp(frame: FrameType) -> bool:
+    """Whether this is FSDP's own code, which puts the weights of a layer together and apart."""
+    return frame.f_globals.get("__name__", "").startswith("torch.distributed.")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Export to a file that another runtime runs, with a check that the file computes what the model does."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from rankprune.backends.base import refused
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.files import check_folder
-from rankprune.inputs import Inputs, call, tensors
+from rankprune.inputs import Inputs, call, tensors, with_one_more
 from rankprune.layers import unwrap
 from rankprune.passes import uncompiled, undisturbed
 
@@ -28,7 +29,8 @@ def export(
 
     Args:
         x: example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        dynamic_batch: leave the first axis of every input tensor open. None does so where the runtime can.
+        dynamic_batch: leave the first axis of every input tensor open, and compare at one example more, too. None does so
+            where the runtime can.
         tolerance: largest difference allowed between the two, relative to the largest output.
 
     Returns:
@@ -66,8 +68,13 @@ def _export(
         open_batch = backend.opens_batch if dynamic_batch is None else dynamic_batch
         try:
             backend.write(model, x, draft, open_batch)
-            found = backend.read(draft, x)(x)
-            differences = [_difference(a, b) for a, b in zip(expected, found, strict=True)]
+            program = backend.read(draft, x)
+            differences = _differences(expected, program(x))
+            if open_batch:
+                larger = with_one_more(x)
+                with uncompiled(model):
+                    expected = tensors(call(model, larger))
+                differences += _differences(expected, program(larger))
         except ExportError:
             raise
         except Exception as error:
@@ -82,6 +89,12 @@ def _export(
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
     return max(differences)
+
+
+def _differences(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:
+    if len(expected) != len(found):
+        raise ExportError(f"the model returns {len(expected)} tensors and the exported one {len(found)}; no file was written")
+    return [_difference(a, b) for a, b in zip(expected, found, strict=True)]
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -70,6 +70,11 @@ def on_device(x: Any, device: torch.device | str) -> Any:
     return each_leaf(lambda a: a.to(device) if isinstance(a, Tensor) else a, x)
 
 
+def with_one_more(x: Any) -> Any:
+    """Inputs of a batch that is larger by one, in which the first example comes again in the end."""
+    return each_leaf(lambda a: torch.cat([a, a[:1]]) if isinstance(a, Tensor) and a.dim() else a, x)
+
+
 def check_batches(calibration: object) -> None:
     """Make sure that these are several inputs and not one, whose parts would be taken for inputs.
 

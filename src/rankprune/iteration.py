@@ -89,7 +89,10 @@ class LowRankIteration:
             project_factored(factorizer, self.plan, factored)
         self._starts = factorizer.leading(self.plan, factored)
         self.projected_at = steps
-        self.history.append((steps, self.plan.ranks))
+        ranks = self.plan.ranks
+        if self.history and self.history[-1][1] == ranks:  # a long training has many projections
+            ranks = self.history[-1][1]
+        self.history.append((steps, ranks))
         return self.plan
 
     def _correct_latency(self, factored: Factored) -> None:
@@ -115,7 +118,9 @@ class LowRankIteration:
             "projected_at": self.projected_at,
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
-            "history": [(step, dict(ranks)) for step, ranks in self.history],
+            "history": [
+                (step, None if i and ranks is self.history[i - 1][1] else ranks) for i, (step, ranks) in enumerate(self.history)
+            ],
             "latency": None if table is None else asdict(table),
             "subgradients": {
                 name: team.whole(term).clone()
@@ -143,7 +148,9 @@ class LowRankIteration:
         if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
             self._planner.latency.load(state["latency"])
         self.plan, self.projected_at, self._annealed = plan, state["projected_at"], state["annealed"]
-        self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
+        self.history = []
+        for step, ranks in state["history"]:  # None: as before
+            self.history.append((step, self.history[-1][1] if ranks is None else ranks))
         weights = self._factorizer.weights()
         self.subgradients = {
             name: sharded_like(term.to(weights[name].device, copy=True), weights[name])

@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from rankprune.errors import CheckpointError, RankPruneError
-from rankprune.files import draft_of
+from rankprune.files import check_folder, draft_of
 from rankprune.latency import Setting
 
 FORMAT = 1
@@ -160,7 +160,12 @@ class Plan:
             raise CheckpointError(f"this plan lacks a field or has an unknown one, or one of a wrong type ({error})") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file."""
+        """Write the plan to a JSON file.
+
+        Raises:
+            RankPruneError: if there is no such folder.
+        """
+        check_folder(Path(path))
         with draft_of(Path(path)) as draft:
             draft.write_text(self.to_json())
 

@@ -112,7 +112,7 @@ class Planner:
             macs_dense=whole.macs,
             params_dense=whole.params,
             scheme=self.scheme,
-            rule=repr(self.rule),
+            rule=repr(rule or self.rule),
             uncounted=self.survey.uncounted,
             ms_dense=None if table is None else _in_ms(table.network_ns),
             ms_measured=None if table is None else _in_ms(table.measured_ns(_variant(choices))),

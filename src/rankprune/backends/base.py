@@ -191,8 +191,12 @@ def outputs_of_each(models: Sequence[nn.Module], x: Inputs, outputs: Sequence[T]
 
 def refused(model: nn.Module, backend: str, error: Exception, open_batch: bool = False) -> ExportError:
     """The error to raise for another one of a backend's."""
-    advice = "try dynamic_batch=False, or export a part of it" if open_batch else "use another backend, or export a part of it"
-    return ExportError(f"{type(model).__name__} cannot be exported to {backend} ({reason_of(error)}); {advice}")
+    advice, reason = "use another backend, or export a part of it", reason_of(error)
+    if "Cache" in reason:  # that a language model of transformers returns
+        advice = "set model.config.use_cache = False before planning, or export a part of it"
+    elif open_batch:
+        advice = "try dynamic_batch=False, or export a part of it"
+    return ExportError(f"{type(model).__name__} cannot be exported to {backend} ({reason}); {advice}")
 
 
 def reason_of(error: BaseException) -> str:

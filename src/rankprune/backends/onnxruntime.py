@@ -43,7 +43,7 @@ class OnnxRuntime(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
         with _quietly():
-            torch.onnx.export(
+            exported = torch.onnx.export(
                 model,
                 (*args, kwargs),
                 path,
@@ -53,6 +53,8 @@ class OnnxRuntime(FileBackend):
                 opset_version=OPSET,
                 verbose=False,
             )
+        if dynamic_batch and exported is not None:
+            _check_open(exported.exported_program)
 
     def sometimes_beside(self, path: Path) -> tuple[Path, ...]:
         return (_weights_of(path),)
@@ -75,6 +77,16 @@ class OnnxRuntime(FileBackend):
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
         parts = [cut.extract_model(inputs, list(part)) for part in outputs_of_each(models, x, results)]
         return [_program(part.SerializeToString()) for part in parts]
+
+
+def _check_open(program: Any) -> None:
+    """Make sure that a program is for any batch: where it is not, torch's exporter to ONNX narrows the axis without a word."""
+    for values in program.range_constraints.values():
+        if values.upper < 2**31 or values.lower > 2:
+            raise ExportError(
+                f"the model computes something else for a batch below {values.lower} or above {values.upper}; try "
+                "dynamic_batch=False, or export a part of it"
+            )
 
 
 @contextmanager
