@@ -11,7 +11,7 @@ from rankprune.backends import onnxruntime as onnxruntime_backend
 from rankprune.backends.base import reason_of, refused
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.export import _difference, _differences
-from rankprune.inputs import tensors
+from rankprune.inputs import tensors, with_one_more
 
 
 def small_network() -> tuple[nn.Module, torch.Tensor]:
@@ -53,6 +53,28 @@ def test_a_batch_that_cannot_be_left_open_is_told(model: nn.Module, tmp_path):
         rp.export_onnx(model, x, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
     assert rp.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False) < 1e-5
+
+
+class OfData(nn.Module):
+    """Has sizes that the values in a tensor decide, which are no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.arange(6) % 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, self.kept.nonzero().squeeze(1)].mean(1)
+
+
+def test_sizes_that_are_no_batch_may_be_bounded(tmp_path):
+    assert rp.export_onnx(OfData(), torch.randn(2, 6), tmp_path / "m.onnx") < 1e-5
+
+
+def test_a_batch_larger_by_one_lies_in_memory_as_the_batch_did():
+    for x in (torch.randn(2, 10, 16).transpose(1, 2), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)):
+        larger = with_one_more(x)
+        assert larger.stride() == x.stride()
+        assert torch.equal(larger, torch.cat([x, x[:1]]))
 
 
 def test_the_cache_that_a_language_model_returns_is_named():

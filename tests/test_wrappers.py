@@ -141,3 +141,29 @@ def test_a_checkpointed_block_whose_forward_was_compiled_does_not_run_the_origin
     plain = checkpointed()
     plain.load_state_dict(model.state_dict())
     assert torch.allclose(small(x), rp.decompose(plain, plan)(x), atol=1e-6)
+
+
+class Reading(nn.Module):
+    """Its own code reads the weight of a layer, as T5's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.plain, self.last = checkpoint_wrapper(nn.Linear(16, 16)), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.plain(self.read(x.to(self.read.weight.dtype))))
+
+
+def test_a_checkpointed_layer_that_other_code_reads_stays() -> None:
+    plan = rp.make_plan(Reading(), torch.zeros(1, 16), rule=rp.FixedRank(2))
+    assert "reads its 'weight'" in plan.skipped["read"]
+    assert plan.ranks == {"plain": 2}
+
+
+def test_a_checkpointed_model_whose_forward_is_a_function_is_refused() -> None:
+    model = Net(nn.Linear(16, 16))
+    inner = model.forward
+    model.forward = lambda x: inner(x)
+    plan = rp.make_plan(model, rule=rp.FixedRank(2))
+    with pytest.raises(rp.RankPruneError, match="has been replaced on the instance by a function"):
+        rp.decompose(checkpoint_wrapper(model), plan)

@@ -139,8 +139,9 @@ def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
 
 
 def _reads_for_fsdp(frame: FrameType) -> bool:
-    """Whether this is FSDP's own code, which puts the weights of a layer together and apart."""
-    return frame.f_globals.get("__name__", "").startswith("torch.distributed.")
+    """Whether this is FSDP's own code, which puts the weights of a layer together and apart; wrappers read for others."""
+    inside = frame.f_globals.get("__name__", "").startswith("torch.distributed.")
+    return inside and frame.f_code.co_name != "__getattr__"
 
 
 @contextmanager

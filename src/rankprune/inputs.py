@@ -71,8 +71,15 @@ def on_device(x: Any, device: torch.device | str) -> Any:
 
 
 def with_one_more(x: Any) -> Any:
-    """Inputs of a batch that is larger by one, in which the first example comes again in the end."""
-    return each_leaf(lambda a: torch.cat([a, a[:1]]) if isinstance(a, Tensor) and a.dim() else a, x)
+    """Inputs of a batch that is larger by one, in which the first example comes again in the end; axes lie as they did."""
+
+    def larger(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.dim():
+            return a
+        order = sorted(range(a.dim()), key=a.stride, reverse=True)
+        return torch.cat([a, a[:1]]).permute(order).contiguous().permute([order.index(axis) for axis in range(a.dim())])
+
+    return each_leaf(larger, x)
 
 
 def check_batches(calibration: object) -> None:

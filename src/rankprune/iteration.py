@@ -119,7 +119,7 @@ class LowRankIteration:
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
             "history": [
-                (step, None if i and ranks is self.history[i - 1][1] else ranks) for i, (step, ranks) in enumerate(self.history)
+                (step, None if i and ranks == self.history[i - 1][1] else ranks) for i, (step, ranks) in enumerate(self.history)
             ],
             "latency": None if table is None else asdict(table),
             "subgradients": {

@@ -41,7 +41,8 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
         for attribute in _compiled_methods(module):
             copies[name].__dict__.pop(attribute, None)
         shared = isinstance(copies[name].__dict__.get("forward"), FunctionType) and not hasattr(module, "_orig_mod")
-        if shared and any(pair.startswith(f"{saved_name(name)}." if name else "") for pair in pairs):
+        inside = saved_name(name)
+        if shared and any(pair.startswith(f"{inside}." if inside else "") for pair in pairs):
             raise RankPruneError(
                 f"the forward of {name or 'the model'!r} has been replaced on the instance by a function, which in a copy "
                 "would still run the original's layers; make it a types.MethodType, or decompose a fresh model, like "

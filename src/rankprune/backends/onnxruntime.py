@@ -81,8 +81,11 @@ class OnnxRuntime(FileBackend):
 
 def _check_open(program: Any) -> None:
     """Make sure that a program is for any batch: where it is not, torch's exporter to ONNX narrows the axis without a word."""
-    for values in program.range_constraints.values():
-        if values.upper < 2**31 or values.lower > 2:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    for symbol, values in program.range_constraints.items():
+        of_data = free_unbacked_symbols(symbol)  # a size that the values in a tensor decide, and not the batch
+        if not of_data and (values.upper < 2**31 or values.lower > 2):
             raise ExportError(
                 f"the model computes something else for a batch below {values.lower} or above {values.upper}; try "
                 "dynamic_batch=False, or export a part of it"

@@ -100,7 +100,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
             least += whole
     for row in rows:
         table.add_row(*map(Text, row))
-    folded = max(console.width, least + 2 * len(columns))
+    folded = max(console.width, least + 2 * len(columns) + 1)
     Console(width=folded if console.is_terminal else WIDE).print(table if rows else Text(title))
     if note:
         say(note)
