@@ -1,6 +1,6 @@
 """Pictures as inline SVG. They take colours and fonts from the page's style sheet, so that they follow light and dark."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -18,6 +18,8 @@ WIDTH = 360
 NAMES = 104
 """Of those, how many hold the names of layers."""
 ROW = 14
+CHARACTER = 7.5
+"""Pixels that a figure is wide, at most."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def heat_map(
     Of a long history some epochs are shown, evenly spaced, with the last.
     """
     history = [entry for _, entry in _thinned(history, 40)]
-    left, right, top = NAMES, WIDTH - 46, 6
+    last = {name: of_full(history[-1][1].get(name), full.get(name)) for name in names}
+    left, right, top = NAMES, _beside(last.values()), 6
     bottom = top + ROW * len(names)
     x = Axis(0, len(history), left, right)
     parts = []
@@ -97,7 +100,7 @@ def heat_map(
             cells.append(element("rect", tip, x=x(start), y=y + 1, width=width, height=ROW - 2, **look))
             start = end
         parts += [_layer_name(name, y), element("g", cells, class_="heat k1")]
-        parts.append(element("text", of_full(ranks[-1], of), x=right + 4, y=y + ROW - 4))
+        parts.append(element("text", last[name], x=right + 4, y=y + ROW - 4))
     quarters = dict.fromkeys(round(k * (len(history) - 1) / 4) for k in range(5))
     for i in quarters:
         parts.append(element("text", str(history[i][0]), x=(x(i) + x(i + 1)) / 2, y=bottom + 13, class_="middle"))
@@ -107,11 +110,12 @@ def heat_map(
 
 def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
     """For each layer a wide pale bar, its MACs before, and a narrow full one, those after, both of so many `examples`."""
-    left, right, top = NAMES, WIDTH - 46, 6
+    ranks = [of_full(e.rank if e.becomes_pair else None, e.full_rank) for e in layers]
+    left, right, top = NAMES, _beside(ranks), 6
     bottom = top + ROW * len(layers)
     x = Axis(0, max((e.macs_before or 0) for e in layers) or 1, left, right)
     parts = _grid(x, top, bottom)
-    for i, e in enumerate(layers):
+    for i, (e, rank) in enumerate(zip(layers, ranks, strict=True)):
         y, before, after = top + ROW * i, e.macs_before or 0, e.macs_after or 0
         what = (
             f"rank {e.rank} of {e.full_rank}, {before:,} to {after:,} MACs"
@@ -122,7 +126,7 @@ def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
         narrow = element("rect", x=left, y=y + 4, width=max(x(after) - left, 0.5), height=ROW - 8, class_="mark k1")
         parts.append(element("g", element("title", f"{e.name}: {what}"), wide, *([narrow] if e.becomes_pair else [])))
         parts.append(_layer_name(e.name, y))
-        parts.append(element("text", of_full(e.rank if e.becomes_pair else None, e.full_rank), x=right + 4, y=y + ROW - 4))
+        parts.append(element("text", rank, x=right + 4, y=y + ROW - 4))
     parts.append(element("text", f"MACs of {examples}", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
     return _svg(WIDTH, bottom + 34, said, parts)
 
@@ -170,6 +174,11 @@ def _grid(x: Axis, top: float, bottom: float) -> list[Element]:
     ticks = x.ticks()
     parts = [element("line", x1=x(t), x2=x(t), y1=top, y2=bottom, class_="grid") for t in ticks]
     return parts + [element("text", tick_label(t), x=x(t), y=bottom + 14, class_="middle") for t in ticks]
+
+
+def _beside(texts: Iterable[str]) -> float:
+    """Where a picture ends to have room for these beside it."""
+    return WIDTH - 8 - CHARACTER * max(map(len, texts))
 
 
 def _layer_name(name: str, y: float) -> Element:
