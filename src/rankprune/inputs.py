@@ -71,15 +71,15 @@ def on_device(x: Any, device: torch.device | str) -> Any:
 
 
 def with_one_more(x: Any) -> Any:
-    """Inputs of a batch that is larger by one, in which the first example comes again in the end; axes lie as they did."""
+    """Inputs of a batch that is larger by one."""
+    return each_leaf(lambda a: larger_by_one(a) if isinstance(a, Tensor) and a.dim() else a, x)
 
-    def larger(a: Any) -> Any:
-        if not isinstance(a, Tensor) or not a.dim():
-            return a
-        order = sorted(range(a.dim()), key=a.stride, reverse=True)
-        return torch.cat([a, a[:1]]).permute(order).contiguous().permute([order.index(axis) for axis in range(a.dim())])
 
-    return each_leaf(larger, x)
+def larger_by_one(batch: Tensor) -> Tensor:
+    """A batch in which the first example comes again in the end; its axes lie in memory as they did."""
+    order = sorted(range(batch.dim()), key=batch.stride, reverse=True)
+    longer = torch.cat([batch, batch[:1]])
+    return longer.permute(order).contiguous().permute([order.index(axis) for axis in range(batch.dim())])
 
 
 def check_batches(calibration: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.schemes import CONVOLUTIONS, is_linear
-from rankprune.schemes.base import Convolution
+from rankprune.schemes.base import Convolution, padded_sides
 
 _CHECKPOINTED = "_checkpoint_wrapped_module"
 _KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
@@ -210,12 +210,10 @@ def _inconsistent(layer: Convolution, weight: Tensor) -> str | None:
     for name, value in numbers.items():
         if not isinstance(value, str) and (not isinstance(value, Sequence) or len(value) != len(layer.kernel_size)):
             return f"its {name} is {value!r}, not {len(layer.kernel_size)} numbers"
-    if layer.padding_mode != "zeros" and not isinstance(layer.padding, str):
-        sides = [side for side in reversed(layer.padding) for _ in range(2)]
-        if list(layer._reversed_padding_repeated_twice) != sides:
-            return (
-                f"its padding was set to {layer.padding} after it was built, which padding_mode={layer.padding_mode!r} ignores"
-            )
+    if layer.padding_mode == "zeros" or isinstance(layer.padding, str):
+        return None
+    if list(layer._reversed_padding_repeated_twice) != padded_sides(layer.padding):
+        return f"its padding was set to {layer.padding} after it was built, which padding_mode={layer.padding_mode!r} ignores"
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
-from rankprune.inputs import Inputs, arguments, call, each_leaf, on_device, tensors
+from rankprune.inputs import Inputs, arguments, call, each_leaf, larger_by_one, on_device, tensors
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -218,7 +218,7 @@ def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         return args, kwargs, None
 
     def at_least_two(a: Any) -> Any:
-        return torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
+        return larger_by_one(a) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
 
     def shape(a: Any) -> dict[int, Any] | None:
         return {0: batch} if isinstance(a, Tensor) and a.dim() else None

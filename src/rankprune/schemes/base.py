@@ -169,9 +169,9 @@ def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
         return None
     spatial = len(layer.kernel_size)
     x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
-    around = layer._reversed_padding_repeated_twice  # of both sides of each axis, the last one first
+    around = layer._reversed_padding_repeated_twice
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        around = [side for side in reversed(layer.padding) for _ in range(2)]  # which may have been set later
+        around = padded_sides(layer.padding)  # which may have been set later
     sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(around)]
     x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     for axis in axes:
@@ -180,6 +180,11 @@ def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
     x = x.unflatten(1, (layer.groups, -1))  # (b, g, c/g, positions ..., kernel sizes ...)
     order = (1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, x.dim()))
     return x.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+
+
+def padded_sides(padding: tuple[int, ...]) -> list[int]:
+    """The padding of both sides of each axis, the last one first, as torch.nn.functional.pad takes it."""
+    return [side for side in reversed(padding) for _ in range(2)]
 
 
 def kernel_axes(layer: Convolution) -> range:
