@@ -89,7 +89,7 @@ def test_times_are_measured_when_attached_and_once(monkeypatch: pytest.MonkeyPat
 
 def test_without_an_optimizer_times_are_measured_at_the_first_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = own_clock.count_timings(monkeypatch)
-    trp = make(network())
+    trp = make(network(), ramp=0)
     small = trp.finalize()
     assert len(timings) == 3 + 2 + 1
     assert trp.plan is not None
@@ -156,7 +156,8 @@ def test_times_set_right_are_closer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_budget_set_right_in_finalize_inside_the_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, trp = trained(3)
     timings = own_clock.count_timings(monkeypatch)
-    trp.finalize()
+    with pytest.warns(UserWarning, match="before the ramp did"):
+        trp.finalize()
     assert timings == [2]
 
 

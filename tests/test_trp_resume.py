@@ -203,7 +203,8 @@ def test_after_a_finalize_in_the_ramp_the_ramp_goes_on_also_resumed() -> None:
     optimizer = sgd(trp.model)
     trp.attach(optimizer)
     train(trp.model, optimizer, range(5))
-    trp.finalize()
+    with pytest.warns(UserWarning, match="before the ramp did"):
+        trp.finalize()
     settings = trp.settings
     in_full = relative_macs(trp.plan)
     resumed.model.load_state_dict(trp.model.state_dict())

@@ -51,8 +51,15 @@ class LowRankIteration:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
 
         Warns:
-            UserWarning: if the network cannot be timed.
+            UserWarning: if the ramp is not over, or the network cannot be timed.
         """
+        if steps < self.schedule.ramp:
+            warnings.warn(
+                f"the training ended after {steps} steps, before the ramp did at {self.schedule.ramp}: finalize() truncates more "
+                "than the network was trained for. A ramp counts optimizer steps, of which there are fewer than batches where "
+                "gradients are accumulated; a best checkpoint should be one from after it",
+                stacklevel=3,
+            )
         if self.plan is None or self.projected_at != steps or self._annealed:
             plan = self._project(steps, self.schedule.rule)
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say

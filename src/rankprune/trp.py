@@ -280,7 +280,8 @@ class TRP:
             RankPruneError: if the weights are sharded and there is no `into`, or `into` is of another architecture.
 
         Warns:
-            UserWarning: if the network cannot be timed; the plan then has no measured time.
+            UserWarning: if the ramp is not over yet, which truncates more than the network was trained for; and if the network
+                cannot be timed: the plan then has no measured time.
         """
         reshard(self.model)
         sharded = any(is_sharded(p) for p in self.model.parameters())

@@ -131,7 +131,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Detach; where the Trainer has loaded its best checkpoint, in the state of that, with a warning if within the ramp."""
+        """Detach; where the Trainer has loaded its best checkpoint, in the state of that."""
         if self.trp is not None and args.load_best_model_at_end and state.best_model_checkpoint:
             self._go_back(self.trp, Path(state.best_model_checkpoint) / "trainer_state.json")
         self.stop()
@@ -139,15 +139,8 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def _go_back(self, trp: TRP, file: Path) -> None:
         callbacks: Any = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
         best = callbacks.get(self._key)
-        if not best:
-            return
-        trp.load_state_dict(best)
-        if trp.steps < trp.schedule.ramp:
-            warnings.warn(
-                f"the best checkpoint, which was loaded, is of step {trp.steps}, before the ramp ended at {trp.schedule.ramp}: "
-                "finalize() will truncate more than this network was trained for; choose among checkpoints from after the ramp",
-                stacklevel=3,
-            )
+        if best:
+            trp.load_state_dict(best)
 
     def stop(self) -> None:
         """Detach, and save no more states."""
