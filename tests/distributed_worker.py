@@ -85,7 +85,7 @@ def numerical_rank(weight: Tensor, plan: rp.Plan, name: str) -> int:
 
 def full_terms(trp: rp.TRP) -> dict[str, Tensor]:
     """The sub-gradients in whole."""
-    return {name: whole(term) for name, term in trp._iteration.subgradients.items()}
+    return {name: whole(term) for name, term in (trp._iteration.subgradients or {}).items()}
 
 
 def resume(mode: str) -> None:

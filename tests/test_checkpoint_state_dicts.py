@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import rankprune as rp
 from rankprune.checkpoint import load_exactly, read_tensors
@@ -33,6 +34,14 @@ def test_state_dict_files(tmp_path: Path, suffix: str, prefix: str) -> None:
 def test_nested_state_dict(tmp_path: Path, key: str) -> None:
     torch.save({"epoch": 3, key: {f"module.{n}": v for n, v in STATE.items()}, "optimizer": {}}, tmp_path / "c.pt")
     assert read_tensors(tmp_path / "c.pt").keys() == STATE.keys()
+
+
+def test_the_state_of_an_average_of_weights(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    torch.save({"ema": AveragedModel(model).state_dict()}, tmp_path / "ema.pth")
+    found = read_tensors(tmp_path / "ema.pth")
+    assert found.keys() == {"weight", "bias"}
+    assert torch.equal(found["weight"], model.weight)
 
 
 def test_a_prefix_on_some_names_only_is_a_name(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_same_weights_as_the_plain_loop(loop: dict, settings: dict, tmp_path: Pa
     toy.finalizes(finalize(run.trp), run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
 
 
+@pytest.mark.filterwarnings("ignore:no step of the optimizer")
 def test_decorators_of_the_users_stay_and_autocast_of_accelerate_does_not(tmp_path: Path) -> None:
     class Narrow(toy.Net):
         @torch.autocast("cpu", torch.bfloat16)

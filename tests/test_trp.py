@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from by_hand import CONSIDERED, SCHEMES, as_matrices, assert_same, batches, network, reference, sgd, train
-from rankprune import schemes
+from rankprune import linalg, schemes
 from rankprune.planner import Planner
 from rankprune.projection import project_with_subgradients
 
@@ -135,7 +135,7 @@ def test_a_rank_beyond_the_known_vectors_has_the_layer_factored_whole(fixed: boo
     plan = planner.plan(factored, rp.FixedRank(100) if fixed else rp.SingularValue(float(s[99:101].mean())))
     assert plan.ranks == {"0": 100}
     assert plan.decomposed["0"].error == pytest.approx(float(s[100:].square().sum() / s.square().sum()), rel=1e-3)
-    project_with_subgradients(factorizer, plan, factored)
+    project_with_subgradients(factorizer, plan, factored, {"0"})
     torch.testing.assert_close(model[0].weight.detach().double(), (u[:, :100] * s[:100]) @ vh[:100], rtol=0, atol=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_aga
     plan = planner.plan(factored, rp.FixedRank(300))
     assert not plan.projected
     weight = model[0].weight.detach().clone()
-    term = project_with_subgradients(factorizer, plan, factored)["0"]
+    term = project_with_subgradients(factorizer, plan, factored, {"0"})["0"]
     assert torch.equal(model[0].weight, weight)
     u, _, vh = torch.linalg.svd(weight.double())
     torch.testing.assert_close(term.double(), u @ vh, rtol=0, atol=1e-3)
@@ -191,3 +191,44 @@ def test_finalize_fills_another_model() -> None:
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(rp.RankPruneError, match="into= is no model like the trained one"):
         trp.finalize(into=nn.Linear(2, 2))
+
+
+def test_the_nuclear_term_leaves_alone_what_can_have_no_pair() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 1, 1)),
+        *(nn.Flatten(), nn.Linear(16, 4)),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    trp = rp.TRP(model, scheme="channel", rule=rp.Energy(0.9), nuclear=0.1, every=100, example_inputs=x)
+    trp.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    model(x).sum().mul(0).backward()  # so that the term is all that moves a weight
+    optimizer.step()
+    moved = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
+    assert moved == ["2.weight"]  # 1 is depthwise, 3 has one output: a pair costs more than either
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "auto"])
+def test_once_ranks_are_kept_nothing_is_factored_but_what_is_used(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    x, _ = next(batches(1))
+    trp = rp.TRP(model, scheme=scheme, rule=rp.Budget(macs=0.9), every=2, freeze=2, nuclear=1e-2, example_inputs=x)
+    trp.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, optimizer, 2)
+    assert trp.plan is not None
+    planned = [(name, entry.scheme) for name, entry in trp.plan.projected.items()]
+    assert 0 < len(planned) < len(CONSIDERED)
+    factored = []
+    bases = linalg.bases_by_layer
+    monkeypatch.setattr(linalg, "bases_by_layer", lambda stacks, *more: factored.append(list(stacks)) or bases(stacks, *more))
+    train(model, optimizer, 2)
+    trp.finalize()  # projects at the same ranks once more, and decomposes
+    assert [sorted(keys) for keys in factored] == [sorted(planned)] * 3
+    before = copy.deepcopy(model.state_dict())
+    trp.attach(optimizer)
+    model(x).sum().mul(0).backward()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    moved = {name.removesuffix(".weight") for name, value in model.named_parameters() if not value.equal(before[name])}
+    assert moved == {name for name, _ in planned}

@@ -1,6 +1,7 @@
 """The course of the ranks: annealed, kept, and the last projection."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -146,6 +147,20 @@ def test_freezing_before_the_first_projection_still_chooses_once() -> None:
     model = network()
     trp = rp.TRP(model, rule=rp.FixedRank(3), every=4, freeze=1)
     assert plans_over_training(trp, model, 5)[-1].ranks == {"2": 3, "4": 3, "6": 3}
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_finalize_warns_where_no_projection_was_by_the_rule_in_full(attach: bool) -> None:
+    expected = {"no step of the optimizer": (0, 0), "before a projection by Energy": (2, 3), "before the ramp did": (4, 3)}
+    for said, (steps, every) in expected.items():
+        model = network()
+        trp = rp.TRP(model, rule=rp.Energy(0.8), every=every or 1, ramp=5 if "ramp" in said else 0)
+        optimizer = sgd(model)
+        if attach:
+            trp.attach(optimizer)
+        train(model, optimizer, range(steps))
+        with pytest.warns(UserWarning, match=said) if attach else nullcontext():  # else it is asked for
+            trp.finalize()
 
 
 def test_the_finalized_copy_trains_apart_from_the_model() -> None:

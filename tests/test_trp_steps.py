@@ -234,6 +234,43 @@ def test_compiled_model_sees_projections_without_recompiling() -> None:
     assert_same(model, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.:DeprecationWarning")  # Inductor, which is imported for it
+def test_a_compiled_step_runs_the_hooks() -> None:
+    torch._dynamo.reset()
+    models = network(), network()
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = sgd(model)
+        trp = rp.TRP(model, rule=rp.Energy(0.8), every=2, nuclear=1e-2).attach(optimizer)
+
+        def step(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+
+        stepping = torch.compile(step, backend="eager") if compiled else step
+        for x, y in batches(6):
+            optimizer.zero_grad()
+            backward(model, x, y)
+            stepping()
+        assert (trp.steps, len(trp.history)) == (6, 3)
+    exactly_same(*models)
+
+
+def test_an_argument_of_step_that_is_no_closure_is_handed_on() -> None:
+    class Optioned(torch.optim.SGD):
+        def step(self, options: dict | None = None) -> None:
+            assert options == {"history": 3}
+            super().step()
+
+    model, plain = network(), network()
+    optimizer, other = Optioned(model.parameters(), lr=0.05), torch.optim.SGD(plain.parameters(), lr=0.05)
+    for held, opt, arguments in ((model, optimizer, [{"history": 3}]), (plain, other, [])):
+        rp.TRP(held, rule=rp.Energy(0.8), every=2, nuclear=1e-2).attach(opt)
+        for x, y in batches(4):
+            opt.zero_grad()
+            backward(held, x, y)
+            opt.step(*arguments)
+    exactly_same(model, plain)
+
+
 def test_channels_last_weights_stay_so_and_the_same_objects() -> None:
     model, plain = network().to(memory_format=torch.channels_last), network()
     parameters = dict(model.named_parameters())

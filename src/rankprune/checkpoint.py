@@ -26,6 +26,8 @@ FORMAT = 1
 """Version of an artefact. A reader refuses any other."""
 FILES = _WEIGHTS, _HEAD = "model.safetensors", "rankprune.json"
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_COUNT = "n_averaged"
+"""What torch's AveragedModel keeps beside the model."""
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema")
 
 
@@ -291,6 +293,8 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if all(key == _COUNT or key.startswith("module.") for key in tensors):
+        tensors = {key: value for key, value in tensors.items() if key != _COUNT}
     while tensors and (prefix := next((p for p in _WRAPPER_PREFIXES if all(k.startswith(p) for k in tensors)), None)):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return dict(tensors)

@@ -83,7 +83,10 @@ class Team:
 
     def whole(self, weight: Tensor) -> Tensor:
         """A weight in full: itself, or all shards put together."""
-        return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+        if not is_sharded(weight):
+            return weight
+        mesh = weight.device_mesh  # type: ignore[attr-defined]
+        return weight.to(mesh.device_type).full_tensor().to(weight.device)  # type: ignore[attr-defined]  # may be offloaded
 
     def share(self, compute: Callable[[], Mapping[K, V]]) -> dict[K, V]:
         """What all members computed, together. An error of one becomes an error of all, so that none waits for ever.

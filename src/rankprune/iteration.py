@@ -1,6 +1,7 @@
 """What TRP does at a projection, and what it remembers from one to the next."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -30,14 +31,14 @@ class LowRankIteration:
         plan: of the last projection; None before the first.
         history: for every projection the step it followed and the rank of each layer it decomposed.
         projected_at: the step that the last projection followed.
-        subgradients: one for each layer, in the shape of its weight; none where they are not wanted or not known.
+        subgradients: in the shapes of their weights, by layer; None where they are not known.
     """
 
     def __init__(self, planner: Planner, schedule: Schedule, nuclear: bool) -> None:
         self.plan: Plan | None = None
         self.history: list[tuple[int, dict[str, int]]] = []
         self.projected_at: int | None = None
-        self.subgradients: dict[str, Tensor] = {}
+        self.subgradients: dict[str, Tensor] | None = None
         self.schedule, self.nuclear = schedule, nuclear
         self._planner, self._factorizer = planner, planner.factorizer
         self._annealed = True
@@ -51,20 +52,13 @@ class LowRankIteration:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
 
         Warns:
-            UserWarning: if the ramp is not over, or the network cannot be timed.
+            UserWarning: if the network cannot be timed.
         """
-        if steps < self.schedule.ramp:
-            warnings.warn(
-                f"the training ended after {steps} steps, before the ramp did at {self.schedule.ramp}: finalize() truncates more "
-                "than the network was trained for. A ramp counts optimizer steps, of which there are fewer than batches where "
-                "gradients are accumulated; a best checkpoint should be one from after it",
-                stacklevel=3,
-            )
         if self.plan is None or self.projected_at != steps or self._annealed:
             plan = self._project(steps, self.schedule.rule)
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
             plan = self.plan
-            project_factored(self._factorizer, plan, self._factorizer.factor())
+            project_factored(self._factorizer, plan, self._factorizer.factor(keys=_planned(plan)))
         try:
             self.plan = plan = self._planner.timed(plan)
         except RankPruneError as error:
@@ -73,16 +67,36 @@ class LowRankIteration:
 
     def find_subgradients(self) -> None:
         """Those of the weights as they are, where no projection found them: before the first, or after loading a state."""
-        self.subgradients = subgradients(self._factorizer, self.plan, self._factorizer.factor())
+        names = self._regularised(self.projected_at)
+        factored = self._factorizer.factor(keys=self._used(names))
+        self.subgradients = subgradients(self._factorizer, self.plan, factored, names)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the weights have been projected by the rule in full."""
+        return self.plan is not None and not self._annealed
+
+    def _keeps_ranks(self, steps: int | None) -> bool:
+        return steps is not None and self.settled and self.schedule.keeps_ranks_after(steps)
+
+    def _regularised(self, steps: int | None) -> frozenset[str]:
+        """The layers whose nuclear norms are held down after so many steps: those of which a pair can still come."""
+        if self.plan is not None and self._keeps_ranks(steps):
+            return self._planner.decomposable & self.plan.projected.keys()
+        return self._planner.decomposable
+
+    def _used(self, names: Collection[str]) -> list[Key]:
+        """What is read of factors where the plan stays, and sub-gradients of these layers are wanted."""
+        planned = [] if self.plan is None else _planned(self.plan)
+        unranked = sorted(set(names) - {name for name, _ in planned})
+        return planned + [self._factorizer.options[name][0].key for name in unranked]
 
     def _project(self, steps: int, rule: RankRule) -> Plan:
         planner, factorizer = self._planner, self._factorizer
-        frozen = self.schedule.keeps_ranks_after(steps) and not self._annealed
         if planner.latency is not None and planner.latency.table is None:
             planner.join(factorizer.team)  # not attached
-        if self.plan is not None and frozen:
-            planned = [(name, entry.scheme or "") for name, entry in self.plan.projected.items()]
-            factored = factorizer.factor(self._starts, None if self.nuclear else planned)
+        if self.plan is not None and self._keeps_ranks(steps):
+            factored = factorizer.factor(self._starts, self._used(self._regularised(steps) if self.nuclear else ()))
         else:
             factored = factorizer.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
@@ -90,9 +104,9 @@ class LowRankIteration:
             self.plan = planner.plan(factored, rule)
             self._annealed = rule is not planner.rule
         if self.nuclear:
-            self.subgradients = project_with_subgradients(factorizer, self.plan, factored)
+            self.subgradients = project_with_subgradients(factorizer, self.plan, factored, self._regularised(steps))
         else:
-            self.subgradients = {}
+            self.subgradients = None
             project_factored(factorizer, self.plan, factored)
         self._starts = factorizer.leading(self.plan, factored)
         self.projected_at = steps
@@ -118,6 +132,8 @@ class LowRankIteration:
         """What to go on from, as TRP.state_dict has it."""
         table = None if self._planner.latency is None else self._planner.latency.table
         team = self._factorizer.team
+        terms = self.subgradients or {}
+        whole = team.size == 1 or not any(map(is_sharded, terms.values()))
         return {
             "layers": self._shapes(),
             "scheme": self._planner.scheme,
@@ -129,11 +145,7 @@ class LowRankIteration:
                 (step, None if i and ranks == self.history[i - 1][1] else ranks) for i, (step, ranks) in enumerate(self.history)
             ],
             "latency": None if table is None else asdict(table),
-            "subgradients": {
-                name: team.whole(term).clone()
-                for name, term in self.subgradients.items()
-                if team.size == 1 or not is_sharded(term)
-            },
+            "subgradients": {name: team.whole(term).clone() for name, term in terms.items()} if whole else {},
             "starts": self._starts if team.size == 1 else None,
         }
 
@@ -159,12 +171,11 @@ class LowRankIteration:
         for step, ranks in state["history"]:  # None: as before
             self.history.append((step, self.history[-1][1] if ranks is None else ranks))
         weights = self._factorizer.weights()
-        self.subgradients = {
+        terms = {
             name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
             for name, term in state["subgradients"].items()
         }
-        if self.subgradients.keys() != weights.keys():  # those of shards are not in it: all are found anew
-            self.subgradients = {}
+        self.subgradients = terms or None  # those of shards are not in it: all are found anew
         starts = state["starts"]
         self._starts = starts and {(name, scheme): start.to(weights[name].device) for (name, scheme), start in starts.items()}
         if state.get("ranks_by", self._ranks_by) != self._ranks_by:
@@ -184,3 +195,7 @@ class LowRankIteration:
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._factorizer.layers.items()}
+
+
+def _planned(plan: Plan) -> list[Key]:
+    return [(name, entry.scheme or "") for name, entry in plan.projected.items()]

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
@@ -49,11 +50,11 @@ def is_decomposable(module: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module in wrappers of torch.compile, (Distributed)DataParallel and Fabric; names refer to it."""
+    """The user's own module in wrappers of torch.compile, DataParallel, Fabric and averages of weights; names refer to it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        if inner is None and (parallel or type(model).__name__ == "_FabricModule"):
+        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
+        if inner is None and (wraps or type(model).__name__ == "_FabricModule"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -191,6 +192,8 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return reason
     if weight.is_meta:
         return "its weight is on the meta device and holds no values"
+    if weight.device.type == "mps":
+        return "its weight is on an MPS device, which has no float64 to factor it in"
     if weight.numel() == 0:
         return "its weight is empty"
     if has_hooks(module):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,13 @@ from torch.optim import Optimizer
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """The function, which torch.compile does not look into: a step may be compiled, with the hooks that it runs."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
@@ -70,7 +77,7 @@ class Outermost:
 
     def enter(self) -> bool:
         """Called in a hook before a step: whether no other step is running."""
-        frame = sys._getframe(2)  # of the step, which called the hook
+        frame = _of_the_step(sys._getframe(2))
         if self._running:  # else a step has failed, and no hook was called after it
             above = set(map(id, _above(frame)))
             self._running = [step for step in self._running if id(step) in above]
@@ -82,6 +89,13 @@ class Outermost:
         if self._running:
             self._running.pop()
         return not self._running
+
+
+def _of_the_step(caller: FrameType) -> FrameType:
+    """The frame of the step that called a hook, by way of `uncompiled`."""
+    while "_dynamo" in caller.f_code.co_filename and caller.f_back is not None:
+        caller = caller.f_back
+    return caller
 
 
 def _above(frame: FrameType | None) -> Iterator[FrameType]:
@@ -107,7 +121,7 @@ def add_to_gradients(optimizer: Optimizer, terms: Mapping[nn.Parameter, Tensor],
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether step() was called with a closure. Its gradients come into being inside the step, after pre-hooks."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
+    return callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
 
 
 def after_closure(

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -39,6 +40,9 @@ class Planner:
         calibration: inputs like example_inputs, some hundred images or sequences. Given, errors are measured in the
             layers' outputs on them instead of in their weights; decompose with the same inputs.
 
+    Attributes:
+        decomposable: the layers that have a pair which is cheaper than they are, whatever their spectra.
+
     Raises:
         RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, a rule that
             needs example inputs and has none, or a budget of MACs or parameters that cannot be met.
@@ -68,6 +72,8 @@ class Planner:
         self.survey = survey(self.model, scheme, example_inputs, include, exclude)
         options = self.survey.options
         self._flat = {o.key: o for schemes in options.values() for o in schemes}
+        counted = rule.metric if rule.metric in ("macs", "params") else self.survey.cost.known
+        self.decomposable = frozenset(n for n, schemes in options.items() if any(o.pays(counted, round_to) for o in schemes))
         self.latency: NetworkLatency | None = None
         if rule.metric == "latency":
             if not isinstance(rule, Budget) or example_inputs is None:
@@ -96,7 +102,7 @@ class Planner:
     def _choose_flat(self, table: LatencyTable | None = None) -> Variant:
         """What the rule chooses where all singular values are equal. Raises if it cannot be met, whatever the spectra."""
         spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in self._flat.items()}
-        return _variant(self._choose(spectra, self.rule, table)[1])
+        return _variant(self._choice(self._candidates(spectra, table), self.rule, table))
 
     def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:
         """Let the rule (or another one in its place) choose for the present weights.
@@ -146,28 +152,36 @@ class Planner:
         return replace(plan, ms_measured=_in_ms(self.latency.known.measured_ns(variant)))
 
     def _settle(self, factored: Factored, rule: RankRule) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
-        """_choose, with as much factored as the choice needs."""
+        """The candidates of every layer and what the rule chooses, with as much factored as the choice needs."""
+        team = self.factorizer.team
         while True:
-            candidates, choices = self._choose(factored.spectra, rule)
+            candidates = self._candidates(factored.spectra)
+            # The first process's choice counts: a rule may be anybody's code, and may differ or fail in one process.
+            choices = team.share(partial(self._choice, candidates, rule) if team.rank == 0 else dict)
             chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
                 return candidates, choices
             self.factorizer.complete(factored, short)
 
-    def _choose(
-        self, spectra: Mapping[Key, Spectrum], rule: RankRule, table: LatencyTable | None = None
-    ) -> tuple[dict[str, list[Candidate]], dict[str, Choice]]:
-        """The candidates of every layer, and what the rule says of them, at these times or those that are known."""
+    def _candidates(self, spectra: Mapping[Key, Spectrum], table: LatencyTable | None = None) -> dict[str, list[Candidate]]:
+        """What a rule may choose from, for every layer, at these times or those that are known."""
         if table is None and self.latency is not None:
             table = self.latency.known
-        candidates = {
+        return {
             name: [_candidate(o, spectra[o.key], self.round_to, table) for o in options]
             for name, options in self.survey.options.items()
         }
+
+    def _choice(
+        self, candidates: Mapping[str, list[Candidate]], rule: RankRule, table: LatencyTable | None = None
+    ) -> dict[str, Choice]:
+        """What the rule says of them."""
+        if table is None and self.latency is not None:
+            table = self.latency.known
         network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
         chosen = rule.choose(candidates, network)
-        return candidates, {name: _checked(rule, name, candidates.get(name, ()), choice) for name, choice in chosen.items()}
+        return {name: _checked(rule, name, candidates.get(name, ()), choice) for name, choice in chosen.items()}
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self.survey.dense[name]

@@ -1,6 +1,6 @@
 """Make the weights of a dense model low-rank, in place, at the ranks of a plan."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -100,31 +100,37 @@ def project_factored(factorizer: Factorizer, plan: Plan, factored: Factored) -> 
 
 
 @torch.no_grad()
-def project_with_subgradients(factorizer: Factorizer, plan: Plan, factored: Factored) -> dict[str, Tensor]:
+def project_with_subgradients(
+    factorizer: Factorizer, plan: Plan, factored: Factored, names: Collection[str]
+) -> dict[str, Tensor]:
     """project_factored and subgradients at once, for less than the two.
 
-    Layers that the plan gives no rank, though leading vectors were known, are factored whole for that, into `factored`.
+    Those of `names` that the plan gives no rank, though leading vectors were known, are factored whole, into `factored`.
     """
-    unranked = [options[0].key for name, options in factorizer.options.items() if name not in plan.projected]
-    factorizer.complete(factored, unranked)
+    factorizer.complete(factored, [factorizer.options[name][0].key for name in names if name not in plan.projected])
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         low, own = {}, {}
         for owned in _owned(factorizer, plan, factored):
-            projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
-            own[owned.name] = owned.as_weight(term)
+            if owned.name in names:
+                projected, term = linalg.project_with_subgradient(owned.stack, owned.basis, owned.rank)
+                own[owned.name] = owned.as_weight(term)
+            elif owned.rank is None:
+                continue
+            else:
+                projected = linalg.project(owned.stack, owned.basis, owned.rank)
             if owned.rank is not None:
                 low[owned.name] = owned.as_weight(projected)
         return low, own
 
     low, own = factorizer.team.together(compute)
     _write(factorizer, plan, low)
-    return _gathered(factorizer, own)
+    return _gathered(factorizer, own, names)
 
 
 @torch.no_grad()
-def subgradients(factorizer: Factorizer, plan: Plan | None, factored: Factored) -> dict[str, Tensor]:
-    """For each considered layer U V^T in the shape of its weight; every process of the team computes those it owns.
+def subgradients(factorizer: Factorizer, plan: Plan | None, factored: Factored, names: Collection[str]) -> dict[str, Tensor]:
+    """For each layer in `names` U V^T in the shape of its weight; every process of the team computes those it owns.
 
     Of a layer that the plan gives a rank it is taken over the ranks it keeps, of others over all.
     """
@@ -133,9 +139,10 @@ def subgradients(factorizer: Factorizer, plan: Plan | None, factored: Factored) 
         return {
             owned.name: owned.as_weight(linalg.nuclear_subgradient(owned.stack, owned.basis, owned.rank))
             for owned in _owned(factorizer, plan, factored)
+            if owned.name in names
         }
 
-    return _gathered(factorizer, factorizer.team.together(compute))
+    return _gathered(factorizer, factorizer.team.together(compute), names)
 
 
 def _write(factorizer: Factorizer, plan: Plan, low: Mapping[str, Tensor]) -> None:
@@ -143,8 +150,8 @@ def _write(factorizer: Factorizer, plan: Plan, low: Mapping[str, Tensor]) -> Non
     factorizer.team.publish({name: weights[name] for name in plan.projected}, low, factorizer.owner)
 
 
-def _gathered(factorizer: Factorizer, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    terms = {name: torch.empty_like(weight) for name, weight in factorizer.weights().items()}
+def _gathered(factorizer: Factorizer, own: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    terms = {name: torch.empty_like(weight) for name, weight in factorizer.weights().items() if name in names}
     factorizer.team.publish(terms, own, factorizer.owner)
     return terms
 

@@ -12,7 +12,7 @@ from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
 from rankprune.layers import Layer, named_modules, own_weight, select
 from rankprune.plan import LayerPlan
-from rankprune.ranks import Cost, break_even
+from rankprune.ranks import Cost, Metric, break_even
 from rankprune.schemes import Scheme, schemes_for
 
 Key = tuple[str, str]
@@ -34,6 +34,10 @@ class Option:
     def key(self) -> Key:
         """The names of layer and scheme."""
         return self.layer.name, self.scheme.name
+
+    def pays(self, metric: Metric, round_to: int) -> bool:
+        """Whether a pair of the least rank is cheaper than the layer."""
+        return min(round_to, self.full_rank) <= break_even(self.dense, self.unit, metric)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,6 +16,7 @@ from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.iteration import LowRankIteration
 from rankprune.layers import unwrap
+from rankprune.linalg import in_parts
 from rankprune.optimizer_step import (
     Outermost,
     add_to_gradients,
@@ -24,6 +26,7 @@ from rankprune.optimizer_step import (
     overflowed,
     refuse_capture,
     runs_hooks,
+    uncompiled,
 )
 from rankprune.plan import Plan
 from rankprune.planner import Planner
@@ -50,8 +53,8 @@ class TRP:
         rule: decides the ranks at every projection, like ``Energy(keep=0.98)`` or ``Budget(macs=0.4)``.
         every: optimizer steps from one projection to the next, m in the paper.
         nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added right before a step to the gradient of
-            every layer that may be decomposed. Like weight decay in SGD it comes after clipping and is scaled by the learning
-            rate.
+            every layer of which a pair can come; once ranks are kept, of those that have one. Like weight decay in SGD it
+            comes after clipping and is scaled by the learning rate.
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
@@ -170,8 +173,8 @@ class TRP:
         self._planner.join(Team(self._process_group))
         self._stopwatch, self._outermost = Stopwatch(), Outermost()
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._after_step)),
         ]
         _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
         return self
@@ -202,17 +205,17 @@ class TRP:
         def add() -> None:
             with self._stopwatch.running():
                 weights = self._factorizer.weights()
-                terms = {weights[name]: term for name, term in self._iteration.subgradients.items()}
+                terms = {weights[name]: term for name, term in (self._iteration.subgradients or {}).items()}
                 add_to_gradients(optimizer, terms, self._nuclear)
 
         with self._stopwatch.running():
             due = self._cadence == "step" or self._iteration.projected_at == self.steps
-            if self._nuclear and due and not self._iteration.subgradients:
+            if self._nuclear and due and self._iteration.subgradients is None:
                 self._iteration.find_subgradients()
         if not self._nuclear or not self._iteration.subgradients:
             return None
         if has_closure(args, kwargs):
-            return after_closure(args, kwargs, add)
+            return after_closure(args, kwargs, uncompiled(add))
         add()
         return None
 
@@ -221,7 +224,7 @@ class TRP:
             return
         self.steps += 1
         if self._cadence == "projection":
-            self._iteration.subgradients = {}
+            self._iteration.subgradients = None
         if self.schedule.projects_after(self.steps):
             with self._stopwatch.running(self._device()):
                 self.project()
@@ -280,24 +283,48 @@ class TRP:
             RankPruneError: if the weights are sharded and there is no `into`, or `into` is of another architecture.
 
         Warns:
-            UserWarning: if the ramp is not over yet, which truncates more than the network was trained for; and if the network
-                cannot be timed: the plan then has no measured time.
+            UserWarning: if no projection of the training was by the rule in full, because the ramp is not over, say: this one
+                then truncates more than the network was trained for. And if the network cannot be timed: the plan then has no
+                measured time.
         """
         reshard(self.model)
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
+        if (self.attached or self.steps) and not self._iteration.settled:
+            warnings.warn(
+                f"{self._unsettled()}: finalize() truncates more than the network was trained for. Ramps and every= count "
+                "optimizer steps, of which there are fewer than batches where gradients are accumulated; a best checkpoint "
+                "should be one from after the ramp",
+                stacklevel=2,
+            )
         plan = self._iteration.finish(self.steps)
         self.detach()
         if into is None:
             return decompose(self.model, plan)
         dense = unwrap(into)
-        state = {name: self._factorizer.team.whole(value) for name, value in self.model.state_dict().items()}
+        self._fill(dense)
+        return decompose(dense, plan)
+
+    def _unsettled(self) -> str:
+        """Why the weights have not been projected by the rule in full."""
+        if not self.steps:
+            return "no step of the optimizer that this TRP is attached to has been seen"
+        if self.steps < self.schedule.ramp:
+            return f"the training ended after {self.steps} steps, before the ramp did at {self.schedule.ramp}"
+        return f"the training ended after {self.steps} steps, before a projection by {self.schedule.rule!r} in full"
+
+    def _fill(self, dense: nn.Module) -> None:
+        """Load the trained weights into another model, in parts: all of a sharded one may be more than a GPU holds."""
+        state = self.model.state_dict()
         try:
-            dense.load_state_dict(state)
+            if differing := state.keys() ^ dense.state_dict().keys():
+                raise RuntimeError(f"they differ in {sorted(differing)[:3]}")
+            sizes = {name: value.numel() if isinstance(value, torch.Tensor) else 0 for name, value in state.items()}
+            for part in in_parts(sizes):
+                dense.load_state_dict({name: self._factorizer.team.whole(state[name]) for name in part}, strict=False)
         except RuntimeError as error:
             raise RankPruneError(f"into= is no model like the trained one: {error}") from error
-        return decompose(dense, plan)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
