@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankprune.latency.signature import described
+from rankprune.latency.signature import described, numerics_on
 
 
 class Configured(nn.Sequential):
@@ -40,6 +42,51 @@ def test_networks_that_look_alike_are_other_networks() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         narrow = described(plain, x)
     assert narrow != described(plain, x)
+
+
+class Kind(Enum):
+    ONE, OTHER = 1, 2
+
+
+@dataclass
+class Options:
+    causal: bool
+    within: object = None
+
+
+def test_attributes_and_inputs_that_decide_on_a_time() -> None:
+    def of(value: object) -> nn.Module:
+        net = nn.Sequential(nn.Linear(32, 32))
+        net.value = value
+        return net
+
+    x = torch.randn(2, 32)
+    circular = Options(True)
+    circular.within = circular
+    values = (torch.bfloat16, torch.float16), (Kind.ONE, Kind.OTHER), (Options(True), Options(False)), (circular, Options(True))
+    for one, other in values:
+        assert described(of(one), x) == described(of(one), x) != described(of(other), x)
+
+    class Choosing(nn.Linear):
+        def forward(self, x: Tensor, *_: object) -> Tensor:
+            return super().forward(x)
+
+    net, image = Choosing(32, 32), torch.randn(2, 3, 4, 32)
+    forms = [(x, "fast"), (x, "full"), (x,), (image,), (image.to(memory_format=torch.channels_last),)]
+    assert len({described(net, form) for form in forms}) == len(forms)
+    assert described(net, x) != described(net.double(), x.double())
+
+
+def test_convolutions_that_are_narrowed_by_themselves() -> None:
+    conv = getattr(torch.backends.mkldnn, "conv", None)
+    if not hasattr(conv, "fp32_precision"):
+        pytest.skip("this torch has no such setting")
+    before, text = conv.fp32_precision, numerics_on("cpu")
+    conv.fp32_precision = "bf16"
+    try:
+        assert numerics_on("cpu") != text
+    finally:
+        conv.fp32_precision = before
 
 
 def test_networks_that_differ_in_the_code_of_their_forward_only_are_told_apart() -> None:

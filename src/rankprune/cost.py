@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs, call
+from rankprune.inputs import Inputs, call, cloned
 from rankprune.layers import is_decomposable, is_matrix, is_packed, named_modules, unwrap
 from rankprune.passes import uncompiled
 
@@ -107,7 +107,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
         stack.enter_context(counter)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks
-        call(model, x)
+        call(model, cloned(x))
     rows = tuple(
         LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
         for name, m in leaves.items()

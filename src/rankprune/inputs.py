@@ -70,6 +70,11 @@ def on_device(x: Any, device: torch.device | str) -> Any:
     return each_leaf(lambda a: a.to(device) if isinstance(a, Tensor) else a, x)
 
 
+def cloned(x: Any) -> Any:
+    """Inputs of which a model may change its own tensors: some normalise a batch in place."""
+    return each_leaf(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, x)
+
+
 def with_one_more(x: Any) -> Any:
     """Inputs of a batch that is larger by one."""
     return each_leaf(lambda a: larger_by_one(a) if isinstance(a, Tensor) and a.dim() else a, x)

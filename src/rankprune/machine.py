@@ -46,8 +46,20 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def device_name(device: torch.device) -> str:
+    """The name of an accelerator, or of the processor."""
+    named = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return cpu_name() if named is None else str(named(device))
+
+
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has computed all it was given; nothing on a CPU."""
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)
+    """What waits until the device, and every GPU that holds anything, has computed all it was given; nothing on a CPU."""
+    devices = {device} if device.type != "cpu" else set()
+    if torch.cuda.is_initialized():  # a model may lie on several
+        devices |= {torch.device("cuda", i) for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i)}
+
+    def synchronize() -> None:
+        for each in devices:
+            torch.accelerator.synchronize(each)
+
+    return synchronize

@@ -13,7 +13,7 @@ from torch import nn
 from rankprune.backends.base import Program
 from rankprune.backends.pytorch import eager_program
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs, tensors
+from rankprune.inputs import Inputs, cloned, tensors
 from rankprune.machine import cpu_name, synchronizer
 from rankprune.passes import undisturbed
 
@@ -50,6 +50,7 @@ def measure_together(models: Mapping[str, nn.Module], x: Inputs, *, runs: int = 
         raise RankPruneError(f"runs={runs}: give at least one run")
     held = (t for m in models.values() for t in m.parameters())
     first = next(chain(held, tensors(x)), torch.empty(0))
+    x = cloned(x)
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankprune.backends.base import FileBackend, Program, export_arguments
+from rankprune.backends.base import FileBackend, Program, exportable
 from rankprune.inputs import Inputs, call, tensors
 
 
@@ -23,8 +23,8 @@ class AotInductor(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         from torch._inductor.utils import fresh_inductor_cache  # takes seconds
 
-        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        e = exportable(model, x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
+        program = torch.export.export(e.model, e.args, e.kwargs, dynamic_shapes=e.shapes)
         frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
         with (
             fresh_inductor_cache(),  # in which it would leave a library with all weights

@@ -1,11 +1,13 @@
 """What a backend is: something that turns a PyTorch model into a program that runs elsewhere, or otherwise."""
 
 import importlib
+import inspect
 import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +21,7 @@ from rankprune.inputs import Inputs, arguments, call, each_leaf, larger_by_one, 
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CACHE = re.compile(r"\b\w*Cache\b")
 _NO_REASON = re.compile(r"^Exception from \S*$|Next steps:$|^Failed to export the model")
 
 T = TypeVar("T")
@@ -192,7 +195,7 @@ def outputs_of_each(models: Sequence[nn.Module], x: Inputs, outputs: Sequence[T]
 def refused(model: nn.Module, backend: str, error: Exception, open_batch: bool = False) -> ExportError:
     """The error to raise for another one of a backend's."""
     advice, reason = "use another backend, or export a part of it", reason_of(error)
-    if "Cache" in reason:  # that a language model of transformers returns
+    if _CACHE.search(reason):  # that a language model of transformers returns
         advice = "set model.config.use_cache = False before planning, or export a part of it"
     elif open_batch:
         advice = "try dynamic_batch=False, or export a part of it"
@@ -208,14 +211,24 @@ def reason_of(error: BaseException) -> str:
     return next((line for line in lines if line and not _NO_REASON.search(line)), type(error).__name__)
 
 
-def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Positional and keyword arguments for torch.export, and its dynamic_shapes, in which `batch` is every tensor's first axis.
+@dataclass(frozen=True)
+class Exportable:
+    """What torch.export takes: a model, its arguments, and which axes are open, by the forward's parameters."""
 
-    A batch of one is doubled, for torch.export would take it for a constant. With None for `batch` no axis is open.
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: dict[str, Any] | None
+
+
+def exportable(model: nn.Module, x: Inputs, batch: Any) -> Exportable:
+    """A model called with `x`, in which the first axis of every tensor is `batch`; with None no axis is open.
+
+    A batch of one is doubled, for torch.export would take it for a constant.
     """
     args, kwargs = arguments(x)
     if batch is None:
-        return args, kwargs, None
+        return Exportable(model, args, kwargs, None)
 
     def at_least_two(a: Any) -> Any:
         return larger_by_one(a) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
@@ -223,5 +236,28 @@ def export_arguments(x: Inputs, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     def shape(a: Any) -> dict[int, Any] | None:
         return {0: batch} if isinstance(a, Tensor) and a.dim() else None
 
+    signature = inspect.signature(model.forward)
+    if kwargs and any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):  # torch.export opens none of these
+        return exportable(OfTensors(model, x), tuple(tensors(x)), batch)
     args, kwargs = each_leaf(at_least_two, args), each_leaf(at_least_two, kwargs)
-    return args, kwargs, each_leaf(shape, kwargs or args)
+    return Exportable(model, args, kwargs, each_leaf(shape, dict(signature.bind(*args, **kwargs).arguments)))
+
+
+class OfTensors(nn.Module):
+    """A model as one of the tensors in `x` alone, in order; names and what is no tensor are a part of it."""
+
+    def __init__(self, model: nn.Module, x: Inputs) -> None:
+        super().__init__()
+        self.model, self._x = model, x
+
+    def forward(self, *values: Tensor) -> Any:
+        """What the model gives for these tensors."""
+        left = iter(values)
+        return call(self.model, each_leaf(lambda a: next(left) if isinstance(a, Tensor) else a, self._x))
+
+
+def of_tensors(model: nn.Module, x: Inputs) -> tuple[nn.Module, Inputs]:
+    """The model and its inputs, without what is no tensor among these: some runtimes would make inputs of that, too."""
+    constant: list[Any] = []
+    each_leaf(lambda a: None if isinstance(a, Tensor) else constant.append(a), x)
+    return (OfTensors(model, x), tuple(tensors(x))) if constant else (model, x)

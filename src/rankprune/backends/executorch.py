@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program
+from rankprune.backends.base import FileBackend, Program, of_tensors
 from rankprune.errors import ExportError, MissingExtraError
 from rankprune.inputs import Inputs, arguments, tensors
 
@@ -51,6 +51,7 @@ class ExecuTorch(FileBackend):
 
         if dynamic_batch:
             raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
+        model, x = of_tensors(model, x)
         args, kwargs = arguments(x)
         program = torch.export.export(model, args, kwargs)
         with warnings.catch_warnings(action="ignore"):  # it uses what torch deprecates

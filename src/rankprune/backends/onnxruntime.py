@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each, reason_of
+from rankprune.backends.base import FileBackend, Program, SideBySide, exportable, outputs_of_each, reason_of
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.files import check_folder
 from rankprune.inputs import Inputs, arguments, check_batches, tensors
@@ -20,8 +20,8 @@ from rankprune.inputs import Inputs, arguments, check_batches, tensors
 OPSET = 20
 """The version of ONNX's operators that files are written in."""
 
-LIMIT = 1_900_000_000
-"""Bytes of weights that go into one file; ONNX files end at 2 GiB. Those of larger models lie beside it, in ``.onnx.data``."""
+LIMIT = 1536 * 2**20
+"""Bytes of weights that torch's exporter puts into one file. Those of larger models lie beside it, in ``.onnx.data``."""
 
 
 class OnnxRuntime(FileBackend):
@@ -41,15 +41,16 @@ class OnnxRuntime(FileBackend):
             raise MissingExtraError("onnxscript", self.extra) from error
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
-        args, kwargs, shapes = export_arguments(x, torch.export.Dim("batch") if dynamic_batch else None)
+        e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None)
         with _quietly():
             exported = torch.onnx.export(
-                model,
-                (*args, kwargs),
+                e.model,
+                (*e.args, e.kwargs),
                 path,
+                input_names=list(x) if isinstance(x, Mapping) and len(e.args) == len(x) else None,
                 dynamo=True,
                 external_data=_bytes(model) > LIMIT,
-                dynamic_shapes=shapes,
+                dynamic_shapes=e.shapes,
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -73,6 +74,8 @@ class OnnxRuntime(FileBackend):
             exported = torch.onnx.export(SideBySide(models), (*args, kwargs), dynamo=True, opset_version=OPSET, verbose=False)
         assert exported is not None
         proto = exported.model_proto
+        if any(a.HasField("g") or a.graphs for node in proto.graph.node for a in node.attribute):
+            return super()._load_each(models, x)  # a branch may use what the cutting does not see it to
         cut = onnx.utils.Extractor(proto)
         inputs, results = ([slot.name for slot in slots] for slots in (proto.graph.input, proto.graph.output))
         parts = [cut.extract_model(inputs, list(part)) for part in outputs_of_each(models, x, results)]
@@ -140,8 +143,12 @@ def _program(source: str | bytes) -> Program:
 def _feed(names: Sequence[str], x: Inputs) -> dict[str, Any]:
     """The arrays for inputs of these names: by name where `x` has these names, else in order."""
     given = tensors(x)
-    if isinstance(x, Mapping) and x.keys() >= set(names):
-        given = tensors([x[name] for name in names])
+    if isinstance(x, Mapping):  # torch.export writes names in lower case
+        named = {str(name).lower(): value for name, value in x.items()} | dict(x)
+        if named.keys() >= set(names):
+            given = tensors([named[name] for name in names])
+        elif len(given) == len(x) > 1 and all(isinstance(value, Tensor) for value in x.values()):
+            raise RankPruneError(f"the file takes inputs named {list(names)}; here are {list(x)}")
     if len(given) != len(names):
         raise RankPruneError(f"the file takes {len(names)} inputs, {list(names)}; here are {len(given)}")
     return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, given, strict=True)}
@@ -176,7 +183,9 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: Iterable[In
     check_folder(path)
     check_batches(calibration)
     if _weights_of(source).exists():
-        raise ExportError(f"{source.name} keeps its weights in a file beside it, as those over 2 GB do; quantise smaller parts")
+        raise ExportError(
+            f"{source.name} keeps its weights in a file beside it, as those over 1.5 GB do; quantise smaller parts"
+        )
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, SideBySide, export_arguments, outputs_of_each
-from rankprune.inputs import Inputs, tensors
+from rankprune.backends.base import FileBackend, Program, SideBySide, exportable, of_tensors, outputs_of_each
+from rankprune.inputs import Inputs, cloned, tensors
 
 
 class OpenVino(FileBackend):
@@ -26,7 +26,7 @@ class OpenVino(FileBackend):
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
         import openvino
 
-        converted = _converted(model, x, torch.export.Dim("batch") if dynamic_batch else None)
+        converted = _converted(model, x, dynamic_batch)
         openvino.save_model(converted, path, compress_to_fp16=False)
 
     def read(self, path: Path, x: Inputs) -> Program:
@@ -44,7 +44,7 @@ class OpenVino(FileBackend):
         """One export for all, cut apart into files: what is converted shares its memory with tensors that do not outlive it."""
         import openvino
 
-        whole = _converted(SideBySide(models), x, None)
+        whole = _converted(SideBySide(models), x, False)
         part_of: Any = openvino.Model  # the stubs have two of that name
         programs = []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -67,9 +67,14 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _converted(model: nn.Module, x: Inputs, batch: Any) -> Any:
+def _converted(model: nn.Module, x: Inputs, dynamic_batch: bool) -> Any:
+    """The network for inputs of the shapes in `x`, the first axis of each open where asked: OpenVINO leaves all axes open."""
     import openvino
 
-    args, kwargs, shapes = export_arguments(x, batch)
+    model, x = of_tensors(model, cloned(x))  # one tensor given twice would be one input
+    e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None)
     with warnings.catch_warnings(action="ignore"):  # OpenVINO's decompositions use what torch deprecates
-        return openvino.convert_model(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
+        converted = openvino.convert_model(torch.export.export(e.model, e.args, e.kwargs, dynamic_shapes=e.shapes))
+    axes = [[-1 if dynamic_batch and not axis else size for axis, size in enumerate(t.shape)] for t in tensors(x)]
+    converted.reshape({slot: openvino.PartialShape(sizes) for slot, sizes in zip(converted.inputs, axes, strict=True)})
+    return converted

@@ -17,7 +17,7 @@ from rankprune.backends import backend_named
 from rankprune.inputs import Inputs
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.latency.signature import described, numerics_on
-from rankprune.machine import cpu_name, usable_cores
+from rankprune.machine import device_name, usable_cores
 from rankprune.passes import undisturbed
 from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
@@ -63,7 +63,7 @@ class Setting:
             dtype=str(first.dtype).removeprefix("torch."),
             memory_format="channels_last" if any(map(is_channels_last, model.parameters())) else "contiguous",
             device=device.type,
-            cpu=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            cpu=device_name(device),
             cores=usable_cores(),
             torch=str(torch.__version__),  # a text that checkpoints can hold
         )

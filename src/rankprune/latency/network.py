@@ -30,6 +30,7 @@ class NetworkLatency:
         self.table: LatencyTable | None = None
         self._model, self._x, self._subjects = model, x, subjects
         self._backend, self._threads = backend, threads
+        self._device = next(model.parameters()).device
 
     @property
     def known(self) -> LatencyTable:
@@ -131,8 +132,9 @@ class NetworkLatency:
 
     @property
     def _inputs(self) -> Inputs:
-        """What the model is called with, where it is now: trainers move it."""
-        return on_device(self._x, next(self._model.parameters()).device)
+        """What the model is called with, where it is now: trainers move it. Where it was not moved, inputs stay, too."""
+        here = next(self._model.parameters()).device
+        return self._x if here == self._device else on_device(self._x, here)
 
     @property
     def _sharded(self) -> bool:

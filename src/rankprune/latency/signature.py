@@ -7,25 +7,30 @@ number of heads, types, the code of every forward, inputs, and in what precision
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
 from inspect import unwrap
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankprune.cost import count
-from rankprune.inputs import Inputs, shapes, tensors
+from rankprune.inputs import Inputs, each_leaf, shapes, tensors
 from rankprune.precision import float32_products
 from rankprune.schemes.base import is_channels_last
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_DEEPEST = 8
 
 
 def described(model: nn.Module, x: Inputs, more: object = None) -> str:
     """A text that differs where the network, its inputs or `more` differs."""
-    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)]
+    others: list[Any] = []
+    each_leaf(lambda a: None if isinstance(a, Tensor) else others.append(_plain(a)), x)
+    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)], others
     types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
     before = [_plain_attributes(module) for module in model.modules()]
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
@@ -51,7 +56,8 @@ def _code(function: FunctionType) -> str:
         constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)]
         return [code.co_code.hex(), code.co_names, constants]
 
-    return str([told(f.__code__) for f in dict.fromkeys((function, unwrap(function))) if isinstance(f, FunctionType)])
+    found = [f for f in dict.fromkeys((function, unwrap(function))) if isinstance(f, FunctionType)]
+    return str([(told(f.__code__), _plain(f.__defaults__), _plain(f.__kwdefaults__)) for f in found])
 
 
 def numerics_on(device: str) -> str:
@@ -59,6 +65,8 @@ def numerics_on(device: str) -> str:
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
     narrowed_by: list[object] = [float32_products()]
+    for backend in (torch.backends.mkldnn, torch.backends.cudnn):  # convolutions may be narrowed by themselves
+        narrowed_by.append(getattr(getattr(backend, "conv", None), "fp32_precision", None))
     if device == "cuda":
         cudnn = torch.backends.cudnn
         with suppress(RuntimeError):  # of settings of both the older and the newer kind
@@ -74,22 +82,28 @@ def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in own if value is not None] + wrapper
 
 
-def _plain(value: Any) -> Any:
-    """Numbers, texts, functions, what holds only such, and the configuration of a transformers model; None for all else."""
+def _plain(value: Any, deep: int = 0) -> Any:
+    """Numbers, texts, types of data, functions, what holds such, and a configuration; None for all else."""
+    if deep > _DEEPEST:  # it may hold itself
+        return None
     if isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, torch.dtype | Enum):
+        return str(value)
+    if hasattr(value, "to_json_string") and not isinstance(value, type):
+        return value.to_json_string(), getattr(value, "_attn_implementation", None)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name, None), deep + 1) for field in fields(value)}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, deep + 1) for part in value]
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _plain(part, deep + 1) for key, part in value.items()}
     if isinstance(value, partial):
-        return ["partial", _plain(value.func), _plain(value.args), _plain(value.keywords)]
+        return ["partial", _plain(value.func, deep + 1), _plain(value.args, deep + 1), _plain(value.keywords, deep + 1)]
     if isinstance(value, MethodType):
-        return _plain(value.__func__)
+        return _plain(value.__func__, deep + 1)
     if isinstance(value, FunctionType):
         return [value.__qualname__, _code(value)]
     if isinstance(value, BuiltinFunctionType):
         return value.__qualname__
-    if hasattr(value, "to_json_string") and not isinstance(value, type):
-        return value.to_json_string(), getattr(value, "_attn_implementation", None)
     return None
