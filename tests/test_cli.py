@@ -81,6 +81,12 @@ def test_plan_decompose_evaluate_count_export_a_users_own_model(tmp_path, checkp
     (found,) = OnnxRuntime().read(out / "s.onnx", x)(x)  # two images, not one
     torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
 
+    invoke("export", *MODEL, *weights, *INPUT, "--out", str(out / "d.onnx"))
+    (found,) = OnnxRuntime().read(out / "d.onnx", x)(x)
+    torch.testing.assert_close(found, dense(x), rtol=1e-3, atol=1e-4)
+    invoke("plan", *MODEL, *weights, *INPUT, "--scheme", "spatial", "--rule", "Energy(keep=0.9)", "--out", str(plan))
+    assert rp.Plan.load(plan).ranks == rp.make_plan(dense, x[:1], scheme="spatial", rule=rp.Energy(0.9)).ranks
+
 
 @pytest.mark.parametrize(
     ("suffix", "package", "files"),

@@ -121,6 +121,16 @@ def test_the_nuclear_subgradient_is_u_vt(shape, dtype) -> None:
     assert (ours - u @ vh).norm() <= 1e-3 * (u @ vh).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_nuclear_subgradient_of_narrow_weights_is_not_taken_for_rounding(dtype) -> None:
+    matrix = matrix_with(torch.linspace(1, 0.5, 160, dtype=torch.float64), 160, 200, torch.float32)
+    u, _, vh = svd(matrix)
+    narrow = matrix.to(dtype)[None]
+    ours = linalg.nuclear_subgradient(narrow, factored(narrow))[0]
+    assert ours.dtype == dtype
+    assert (ours.float() - u @ vh).norm() <= 0.02 * (u @ vh).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_nuclear_subgradient_stops_at_the_numerical_rank(shape, dtype) -> None:

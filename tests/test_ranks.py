@@ -126,9 +126,17 @@ def test_auto_takes_the_scheme_that_is_cheapest_at_the_rules_own_rank(data: st.D
     costs = {c.scheme: Energy(keep).rank_of(c.spectrum) * c.unit.macs for c in schemes}
     choice = Energy(keep).choose({"layer": schemes}, Cost(100, 700))["layer"]
     if min(costs.values()) >= 100:
-        assert choice.rank is None
+        assert choice.reason is not None
+        assert choice.rank is None or choice.rank < next(c.full_rank for c in schemes if c.scheme == choice.scheme)
     else:
         assert costs[choice.scheme] == min(costs.values())
+
+
+@pytest.mark.parametrize(("values", "rank"), [([20.0] * 12, 6), ([20.0, 1.0, 1.0], 1), ([20.0], None)])
+def test_a_threshold_holds_layers_whose_pair_would_not_pay_below_full_rank(values: list[float], rank: int | None) -> None:
+    choice = Energy(0.5).choose({"layer": [candidate(torch.tensor(values), 200, 100)]}, Cost(100, 700))["layer"]
+    assert choice.reason is not None
+    assert choice.rank == rank
 
 
 def test_without_mac_counts_cheaper_means_fewer_parameters() -> None:

@@ -94,6 +94,9 @@ def test_random_boxes(area: float) -> None:
             assert share.min() < 0.1
             assert shape.min() < 0.77 < 1.3 < shape.max()
             assert left.min() < 0.1 * width < 0.8 * width < right.max()
+            assert top.min() < 0.1 * height < 0.8 * height < bottom.max()
+            places = torch.stack([left / (width - across), top / (height - down)])[:, whole]
+            assert torch.corrcoef(places)[0, 1].abs() < 0.1
 
 
 def test_centre_crops(photographs: Photographs) -> None:

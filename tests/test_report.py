@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
@@ -235,6 +236,18 @@ def test_a_picture_is_drawn(tmp_path):
     data = (tmp_path / "spectra.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 10_000
+
+
+def test_the_spectrum_of_several_matrices_is_their_root_mean_square():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 6, 3))
+    x = torch.zeros(1, 8, 8, 8)
+    for name, scheme in (("0", "channel"), ("1", "decoupled")):
+        plan = rp.make_plan(model, x, scheme=scheme, rule=rp.FixedRank(1), include=[name])
+        weight = model[int(name)].weight.detach().double()
+        stack = weight.reshape(2, 4, -1) if name == "0" else weight.flatten(2)  # by group; by output channel
+        expected = torch.linalg.svdvals(stack).square().mean(0).sqrt()
+        (found,) = planned_spectra(model, plan).values()
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected / expected[0], rtol=1e-4, atol=1e-6)
 
 
 def test_one_run_has_all_tables_and_several_are_set_side_by_side():
