@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
+from rankprune.linalg import in_parts
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -87,6 +88,22 @@ class Team:
             return weight
         mesh = weight.device_mesh  # type: ignore[attr-defined]
         return weight.to(mesh.device_type).full_tensor().to(weight.device)  # type: ignore[attr-defined]  # may be offloaded
+
+    def fill(self, dense: nn.Module, model: nn.Module) -> None:
+        """Load the weights of `model` into `dense`, in parts: all of a sharded model may be more than a GPU holds.
+
+        Raises:
+            RankPruneError: if the two are not of one architecture.
+        """
+        state = model.state_dict()
+        sizes = {name: value.numel() if isinstance(value, Tensor) else 0 for name, value in state.items()}
+        try:
+            if differing := state.keys() ^ dense.state_dict().keys():
+                raise RuntimeError(f"they differ in {sorted(differing)[:3]}")
+            for part in in_parts(sizes):
+                dense.load_state_dict({name: self.whole(state[name]) for name in part}, strict=False)
+        except RuntimeError as error:
+            raise RankPruneError(f"into= is no model like the trained one: {error}") from error
 
     def share(self, compute: Callable[[], Mapping[K, V]]) -> dict[K, V]:
         """What all members computed, together. An error of one becomes an error of all, so that none waits for ever.

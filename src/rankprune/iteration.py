@@ -71,13 +71,22 @@ class LowRankIteration:
         factored = self._factorizer.factor(keys=self._used(names))
         self.subgradients = subgradients(self._factorizer, self.plan, factored, names)
 
+    def unsettled(self, steps: int) -> str | None:
+        """Why the weights have not been projected by the rule in full; None if they have."""
+        if self._settled:
+            return None
+        if not steps:
+            return "no step of the optimizer that this TRP is attached to has been seen"
+        if steps < self.schedule.ramp:
+            return f"the training ended after {steps} steps, before the ramp did at {self.schedule.ramp}"
+        return f"the training ended after {steps} steps, before a projection by {self.schedule.rule!r} in full"
+
     @property
-    def settled(self) -> bool:
-        """Whether the weights have been projected by the rule in full."""
+    def _settled(self) -> bool:
         return self.plan is not None and not self._annealed
 
     def _keeps_ranks(self, steps: int | None) -> bool:
-        return steps is not None and self.settled and self.schedule.keeps_ranks_after(steps)
+        return steps is not None and self._settled and self.schedule.keeps_ranks_after(steps)
 
     def _regularised(self, steps: int | None) -> frozenset[str]:
         """The layers whose nuclear norms are held down after so many steps: those of which a pair can still come."""

@@ -16,7 +16,6 @@ from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.iteration import LowRankIteration
 from rankprune.layers import unwrap
-from rankprune.linalg import in_parts
 from rankprune.optimizer_step import (
     Outermost,
     add_to_gradients,
@@ -291,9 +290,9 @@ class TRP:
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
-        if (self.attached or self.steps) and not self._iteration.settled:
+        if (self.attached or self.steps) and (why := self._iteration.unsettled(self.steps)):
             warnings.warn(
-                f"{self._unsettled()}: finalize() truncates more than the network was trained for. Ramps and every= count "
+                f"{why}: finalize() truncates more than the network was trained for. Ramps and every= count "
                 "optimizer steps, of which there are fewer than batches where gradients are accumulated; a best checkpoint "
                 "should be one from after the ramp",
                 stacklevel=2,
@@ -303,28 +302,8 @@ class TRP:
         if into is None:
             return decompose(self.model, plan)
         dense = unwrap(into)
-        self._fill(dense)
+        self._factorizer.team.fill(dense, self.model)
         return decompose(dense, plan)
-
-    def _unsettled(self) -> str:
-        """Why the weights have not been projected by the rule in full."""
-        if not self.steps:
-            return "no step of the optimizer that this TRP is attached to has been seen"
-        if self.steps < self.schedule.ramp:
-            return f"the training ended after {self.steps} steps, before the ramp did at {self.schedule.ramp}"
-        return f"the training ended after {self.steps} steps, before a projection by {self.schedule.rule!r} in full"
-
-    def _fill(self, dense: nn.Module) -> None:
-        """Load the trained weights into another model, in parts: all of a sharded one may be more than a GPU holds."""
-        state = self.model.state_dict()
-        try:
-            if differing := state.keys() ^ dense.state_dict().keys():
-                raise RuntimeError(f"they differ in {sorted(differing)[:3]}")
-            sizes = {name: value.numel() if isinstance(value, torch.Tensor) else 0 for name, value in state.items()}
-            for part in in_parts(sizes):
-                dense.load_state_dict({name: self._factorizer.team.whole(state[name]) for name in part}, strict=False)
-        except RuntimeError as error:
-            raise RankPruneError(f"into= is no model like the trained one: {error}") from error
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
