@@ -1,6 +1,8 @@
 """How models are called, and what a file makes of that."""
 
 import warnings
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import rankprune as rp
 from rankprune.backends import BACKENDS, backend_named
 from rankprune.backends.onnxruntime import OnnxRuntime, quantize_onnx
 from rankprune.export import _difference
+from rankprune.inputs import each_leaf, leaves, tensors
 
 
 class Several(nn.Module):
@@ -35,6 +38,72 @@ def test_a_forward_of_any_arguments_has_an_open_batch(suffix: str, x: Any, tmp_p
 class InPlace(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.sub_(3.0))
+
+
+class Documented(nn.Module):
+    """As models of transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor, mask: Tensor, twice: bool = False, **kwargs: object) -> Tensor:
+        return self.net(self.net(tokens) if twice else tokens) * mask
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("more", [{}, {"twice": True}, {"free": False}], ids=["plain", "flag", "free"])
+def test_files_keep_the_names_of_inputs(suffix: str, more: dict, tmp_path: Path) -> None:
+    x = {"tokens": torch.randn(2, 4), "mask": torch.ones(2, 4), **more}
+    assert rp.export(Documented(), x, tmp_path / f"m{suffix}") < 1e-5
+    if suffix == ".onnx":
+        import onnx
+
+        names = [slot.name for slot in onnx.load(tmp_path / "m.onnx").graph.input]
+    else:
+        import openvino
+
+        names = [slot.get_any_name() for slot in openvino.Core().read_model(tmp_path / "m.xml").inputs]
+    assert names == ["tokens", "mask"]
+
+
+@dataclass
+class Batch:
+    first: Tensor
+    flag: bool
+    second: Tensor
+
+
+class OwnMapping(MutableMapping):
+    def __init__(self, **values: Any) -> None:
+        self.held = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.held[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.held[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def test_containers_of_all_kinds_are_gone_through_in_one_order() -> None:
+    a, b, c = (torch.full((1, 2), float(i)) for i in range(3))
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    for x in (Batch(a, True, b), OwnMapping(one=a, two=(b, None)), {"x": [a, Batch(c, False, b)]}, (packed, "name")):
+        seen: list[Any] = []
+        moved = each_leaf(lambda leaf, seen=seen: seen.append(leaf) or (leaf + 1 if isinstance(leaf, Tensor) else leaf), x)
+        assert [id(leaf) for leaf in seen] == [id(leaf) for leaf in leaves(x)]
+        assert type(moved) is type(x)
+        assert all(torch.equal(one, other + 1) for one, other in zip(tensors(moved), tensors(x), strict=True))
+    assert torch.equal(a, torch.zeros(1, 2))
 
 
 def test_inputs_stay_as_they_are_under_a_model_that_changes_them(tmp_path: Path) -> None:

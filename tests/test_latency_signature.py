@@ -44,6 +44,11 @@ def test_networks_that_look_alike_are_other_networks() -> None:
     assert narrow != described(plain, x)
 
 
+class Sequenced(nn.Linear):
+    def forward(self, data: Tensor, *_: object) -> Tensor:
+        return super().forward(data)
+
+
 class Kind(Enum):
     ONE, OTHER = 1, 2
 
@@ -71,6 +76,8 @@ def test_attributes_and_inputs_that_decide_on_a_time() -> None:
         def forward(self, x: Tensor, *_: object) -> Tensor:
             return super().forward(x)
 
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 32)])
+    assert described(Sequenced(32, 32), packed) == described(Sequenced(32, 32), packed)
     net, image = Choosing(32, 32), torch.randn(2, 3, 4, 32)
     forms = [(x, "fast"), (x, "full"), (x,), (image,), (image.to(memory_format=torch.channels_last),)]
     assert len({described(net, form) for form in forms}) == len(forms)

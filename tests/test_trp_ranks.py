@@ -149,6 +149,15 @@ def test_freezing_before_the_first_projection_still_chooses_once() -> None:
     assert plans_over_training(trp, model, 5)[-1].ranks == {"2": 3, "4": 3, "6": 3}
 
 
+def test_a_rule_that_fails_is_named() -> None:
+    class Failing(rp.FixedRank):
+        def choose(self, layers: object, network: object) -> dict:
+            raise ValueError("no idea")
+
+    with pytest.raises(rp.RankPruneError, match=r"Failing\(rank=2\) failed to choose: ValueError: no idea"):
+        rp.TRP(network(), rule=Failing(2))
+
+
 @pytest.mark.parametrize("attach", [True, False])
 def test_finalize_warns_where_no_projection_was_by_the_rule_in_full(attach: bool) -> None:
     expected = {"no step of the optimizer": (0, 0), "before a projection by Energy": (2, 3), "before the ramp did": (4, 3)}

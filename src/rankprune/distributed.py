@@ -97,13 +97,14 @@ class Team:
         """
         state = model.state_dict()
         sizes = {name: value.numel() if isinstance(value, Tensor) else 0 for name, value in state.items()}
-        try:
-            if differing := state.keys() ^ dense.state_dict().keys():
-                raise RuntimeError(f"they differ in {sorted(differing)[:3]}")
-            for part in in_parts(sizes):
-                dense.load_state_dict({name: self.whole(state[name]) for name in part}, strict=False)
-        except RuntimeError as error:
-            raise RankPruneError(f"into= is no model like the trained one: {error}") from error
+        if differing := state.keys() ^ dense.state_dict().keys():
+            raise RankPruneError(f"into= is no model like the trained one: they differ in {sorted(differing)[:3]}")
+        for part in in_parts(sizes):
+            whole = {name: self.whole(state[name]) for name in part}
+            try:
+                dense.load_state_dict(whole, strict=False)
+            except RuntimeError as error:
+                raise RankPruneError(f"into= is no model like the trained one: {error}") from error
 
     def share(self, compute: Callable[[], Mapping[K, V]]) -> dict[K, V]:
         """What all members computed, together. An error of one becomes an error of all, so that none waits for ever.

@@ -83,8 +83,8 @@ def _export(
             raise refused(model, backend.name, error, open_batch) from error
         if any(map(math.isnan, differences)):
             raise ExportError(
-                f"the exported {type(model).__name__} or the model itself gives values on these inputs that are no numbers, "
-                "and not the same ones; no file was written"
+                f"the exported {type(model).__name__} or the model itself gives values on these inputs that are no numbers, so "
+                "the two cannot be compared; no file was written"
             )
         if max(differences) > tolerance:
             raise ExportError(

@@ -1,8 +1,8 @@
 """What a model is called with."""
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -30,17 +30,24 @@ def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
 
 
-def tensors(values: Any) -> list[Tensor]:
-    """All tensors in a model's inputs or output, in order."""
-    if isinstance(values, Tensor):
-        return [values]
+def leaves(values: Any) -> Iterator[Any]:
+    """All in a model's inputs or output that holds nothing itself, in order."""
     if isinstance(values, Mapping):
         parts = list(values.values())
     elif is_dataclass(values) and not isinstance(values, type):
         parts = [getattr(values, field.name) for field in fields(values)]
+    elif isinstance(values, tuple | list):
+        parts = list(values)
     else:
-        parts = values if isinstance(values, tuple | list) else ()
-    return [tensor for part in parts for tensor in tensors(part)]
+        yield values
+        return
+    for part in parts:
+        yield from leaves(part)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors in a model's inputs or output, in order."""
+    return [leaf for leaf in leaves(values) if isinstance(leaf, Tensor)]
 
 
 def shapes(x: Inputs) -> tuple[tuple[int, ...], ...]:
@@ -49,11 +56,11 @@ def shapes(x: Inputs) -> tuple[tuple[int, ...], ...]:
 
 
 def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
-    """Inputs, in which the function has replaced all that is no tuple, list or mapping. Mappings keep their types."""
+    """Inputs, in which the function has replaced every leaf, in order. Containers keep their types."""
     if isinstance(values, Mapping):
         parts = {key: each_leaf(function, value) for key, value in values.items()}
         if isinstance(values, MutableMapping) and type(values) is not dict:
-            copied = copy.copy(values)
+            copied = copy.deepcopy(values, {id(leaf): leaf for leaf in leaves(values)})
             for key, value in parts.items():  # those of transformers have no update()
                 copied[key] = value
             return copied
@@ -62,6 +69,8 @@ def each_leaf(function: Callable[[Any], Any], values: Any) -> Any:
         return type(values)(each_leaf(function, value) for value in values)
     if isinstance(values, tuple) and hasattr(values, "_fields"):
         return type(values)(*(each_leaf(function, value) for value in values))
+    if is_dataclass(values) and not isinstance(values, type):
+        return replace(values, **{f.name: each_leaf(function, getattr(values, f.name)) for f in fields(values) if f.init})
     return function(values)
 
 

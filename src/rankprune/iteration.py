@@ -91,7 +91,7 @@ class LowRankIteration:
     def _regularised(self, steps: int | None) -> frozenset[str]:
         """The layers whose nuclear norms are held down after so many steps: those of which a pair can still come."""
         if self.plan is not None and self._keeps_ranks(steps):
-            return self._planner.decomposable & self.plan.projected.keys()
+            return self._planner.decomposable & self.plan.decomposed.keys()
         return self._planner.decomposable
 
     def _used(self, names: Collection[str]) -> list[Key]:

@@ -52,14 +52,19 @@ def device_name(device: torch.device) -> str:
     return cpu_name() if named is None else str(named(device))
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until the device, and every GPU that holds anything, has computed all it was given; nothing on a CPU."""
-    devices = {device} if device.type != "cpu" else set()
-    if torch.cuda.is_initialized():  # a model may lie on several
-        devices |= {torch.device("cuda", i) for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i)}
+def synchronizer(*devices: torch.device) -> Callable[[], None]:
+    """What waits until these devices have computed all they were given; nothing on a CPU."""
+    asynchronous = {device for device in devices if device.type != "cpu"}
 
     def synchronize() -> None:
-        for each in devices:
-            torch.accelerator.synchronize(each)
+        for device in asynchronous:
+            torch.accelerator.synchronize(device)
 
     return synchronize
+
+
+def gpus_in_use() -> list[torch.device]:
+    """Those that hold anything of this process; a model may lie on several."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i)]

@@ -93,7 +93,7 @@ class Outermost:
 
 def _of_the_step(caller: FrameType) -> FrameType:
     """The frame of the step that called a hook, by way of `uncompiled`."""
-    while "_dynamo" in caller.f_code.co_filename and caller.f_back is not None:
+    while caller.f_globals.get("__name__", "").startswith("torch._dynamo") and caller.f_back is not None:
         caller = caller.f_back
     return caller
 

@@ -180,7 +180,12 @@ class Planner:
         if table is None and self.latency is not None:
             table = self.latency.known
         network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
-        chosen = rule.choose(candidates, network)
+        try:
+            chosen = rule.choose(candidates, network)
+        except RankPruneError:
+            raise
+        except Exception as error:  # of the user's own code
+            raise RankPruneError(f"{rule!r} failed to choose: {type(error).__name__}: {error}") from error
         return {name: _checked(rule, name, candidates.get(name, ()), choice) for name, choice in chosen.items()}
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:

@@ -14,7 +14,7 @@ from rankprune.backends.base import Program
 from rankprune.backends.pytorch import eager_program
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, cloned, tensors
-from rankprune.machine import cpu_name, synchronizer
+from rankprune.machine import cpu_name, gpus_in_use, synchronizer
 from rankprune.passes import undisturbed
 
 _SHORTEST_S = 5e-4
@@ -79,9 +79,9 @@ def time_together(
     In a round all programs run in turn, so that a change of the machine's speed hits all alike; short ones run several times.
 
     Args:
-        device: what they compute on; None is where the inputs are.
+        device: what they compute on, beside GPUs; None is where the inputs are.
     """
-    synchronize = synchronizer(device or next((t.device for t in tensors(x)), torch.device("cpu")))
+    synchronize = synchronizer(device or next((t.device for t in tensors(x)), torch.device("cpu")), *gpus_in_use())
     repeats = []
     for program in programs:
         program(x)  # the warm-up

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankprune.backends.base import FileBackend, Program, exportable
+from rankprune.backends.base import FileBackend, OfTensors, Program, exportable
+from rankprune.errors import ExportError
 from rankprune.inputs import Inputs, call, tensors
 
 
@@ -24,6 +25,8 @@ class AotInductor(FileBackend):
         from torch._inductor.utils import fresh_inductor_cache  # takes seconds
 
         e = exportable(model, x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
+        if isinstance(e.model, OfTensors):
+            raise ExportError("a library cannot leave the batch of a forward(**kwargs) open; give dynamic_batch=False")
         program = torch.export.export(e.model, e.args, e.kwargs, dynamic_shapes=e.shapes)
         frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
         with (

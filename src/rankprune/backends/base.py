@@ -5,7 +5,7 @@ import inspect
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
-from rankprune.inputs import Inputs, arguments, call, each_leaf, larger_by_one, on_device, tensors
+from rankprune.inputs import Inputs, arguments, call, each_leaf, larger_by_one, leaves, on_device, tensors
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -237,10 +237,19 @@ def exportable(model: nn.Module, x: Inputs, batch: Any) -> Exportable:
         return {0: batch} if isinstance(a, Tensor) and a.dim() else None
 
     signature = inspect.signature(model.forward)
-    if kwargs and any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):  # torch.export opens none of these
+    taken = signature.bind(*args, **kwargs).arguments
+    if any(
+        p.kind is p.VAR_KEYWORD and p.name in taken for p in signature.parameters.values()
+    ):  # torch.export opens none of these
         return exportable(OfTensors(model, x), tuple(tensors(x)), batch)
     args, kwargs = each_leaf(at_least_two, args), each_leaf(at_least_two, kwargs)
     return Exportable(model, args, kwargs, each_leaf(shape, dict(signature.bind(*args, **kwargs).arguments)))
+
+
+def names_of_tensors(x: Inputs) -> list[str] | None:
+    """The names that the tensors in `x` go by, in order; None where some have none of their own."""
+    names = [str(name) for name, value in x.items() if isinstance(value, Tensor)] if isinstance(x, Mapping) else []
+    return names if names and len(names) == len(tensors(x)) else None
 
 
 class OfTensors(nn.Module):
@@ -258,6 +267,5 @@ class OfTensors(nn.Module):
 
 def of_tensors(model: nn.Module, x: Inputs) -> tuple[nn.Module, Inputs]:
     """The model and its inputs, without what is no tensor among these: some runtimes would make inputs of that, too."""
-    constant: list[Any] = []
-    each_leaf(lambda a: None if isinstance(a, Tensor) else constant.append(a), x)
+    constant = any(not isinstance(leaf, Tensor) for leaf in leaves(x))
     return (OfTensors(model, x), tuple(tensors(x))) if constant else (model, x)

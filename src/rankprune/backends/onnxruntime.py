@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, SideBySide, exportable, outputs_of_each, reason_of
+from rankprune.backends.base import (
+    FileBackend,
+    OfTensors,
+    Program,
+    SideBySide,
+    exportable,
+    names_of_tensors,
+    outputs_of_each,
+    reason_of,
+)
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.files import check_folder
 from rankprune.inputs import Inputs, arguments, check_batches, tensors
@@ -47,7 +56,7 @@ class OnnxRuntime(FileBackend):
                 e.model,
                 (*e.args, e.kwargs),
                 path,
-                input_names=list(x) if isinstance(x, Mapping) and len(e.args) == len(x) else None,
+                input_names=names_of_tensors(x) if isinstance(e.model, OfTensors) else None,
                 dynamo=True,
                 external_data=_bytes(model) > LIMIT,
                 dynamic_shapes=e.shapes,
@@ -147,7 +156,7 @@ def _feed(names: Sequence[str], x: Inputs) -> dict[str, Any]:
         named = {str(name).lower(): value for name, value in x.items()} | dict(x)
         if named.keys() >= set(names):
             given = tensors([named[name] for name in names])
-        elif len(given) == len(x) > 1 and all(isinstance(value, Tensor) for value in x.values()):
+        elif named.keys() & set(names):
             raise RankPruneError(f"the file takes inputs named {list(names)}; here are {list(x)}")
     if len(given) != len(names):
         raise RankPruneError(f"the file takes {len(names)} inputs, {list(names)}; here are {len(given)}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.cost import count
-from rankprune.inputs import Inputs, each_leaf, shapes, tensors
+from rankprune.inputs import Inputs, leaves, shapes, tensors
 from rankprune.precision import float32_products
 from rankprune.schemes.base import is_channels_last
 
@@ -28,8 +28,7 @@ _DEEPEST = 8
 
 def described(model: nn.Module, x: Inputs, more: object = None) -> str:
     """A text that differs where the network, its inputs or `more` differs."""
-    others: list[Any] = []
-    each_leaf(lambda a: None if isinstance(a, Tensor) else others.append(_plain(a)), x)
+    others = [_plain(leaf) for leaf in leaves(x) if not isinstance(leaf, Tensor)]
     inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)], others
     types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
     before = [_plain_attributes(module) for module in model.modules()]
@@ -49,7 +48,7 @@ def _own_functions(kind: type) -> Iterator[FunctionType]:
             yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
 
 
-def _code(function: FunctionType) -> str:
+def _code(function: FunctionType, deep: int = 0) -> str:
     """What a function does, as text, without where it stands; a decorated one and what it wraps."""
 
     def told(code: CodeType) -> list[Any]:
@@ -57,7 +56,7 @@ def _code(function: FunctionType) -> str:
         return [code.co_code.hex(), code.co_names, constants]
 
     found = [f for f in dict.fromkeys((function, unwrap(function))) if isinstance(f, FunctionType)]
-    return str([(told(f.__code__), _plain(f.__defaults__), _plain(f.__kwdefaults__)) for f in found])
+    return str([(told(f.__code__), _plain(f.__defaults__, deep), _plain(f.__kwdefaults__, deep)) for f in found])
 
 
 def numerics_on(device: str) -> str:
@@ -90,7 +89,7 @@ def _plain(value: Any, deep: int = 0) -> Any:
         return value
     if isinstance(value, torch.dtype | Enum):
         return str(value)
-    if hasattr(value, "to_json_string") and not isinstance(value, type):
+    if callable(getattr(type(value), "to_json_string", None)):
         return value.to_json_string(), getattr(value, "_attn_implementation", None)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name, None), deep + 1) for field in fields(value)}
@@ -103,7 +102,7 @@ def _plain(value: Any, deep: int = 0) -> Any:
     if isinstance(value, MethodType):
         return _plain(value.__func__, deep + 1)
     if isinstance(value, FunctionType):
-        return [value.__qualname__, _code(value)]
+        return [value.__qualname__, _code(value, deep + 1)]
     if isinstance(value, BuiltinFunctionType):
         return value.__qualname__
     return None
