@@ -102,6 +102,7 @@ class Planner:
     def _choose_flat(self, table: LatencyTable | None = None) -> Variant:
         """What the rule chooses where all singular values are equal. Raises if it cannot be met, whatever the spectra."""
         spectra = {key: Spectrum.of(torch.ones(1, o.full_rank, device="cpu")) for key, o in self._flat.items()}
+        table = table or self._table
         return _variant(self._choice(self._candidates(spectra, table), self.rule, table))
 
     def plan(self, factored: Factored, rule: RankRule | None = None) -> Plan:
@@ -112,7 +113,7 @@ class Planner:
         candidates, choices = self._settle(factored, rule or self.rule)
         decided = {name: self._decide(name, candidates[name], choice) for name, choice in choices.items()}
         entries = tuple(decided.get(name, entry) for name, entry in self.survey.dense.items())
-        whole, table = self.survey.cost, None if self.latency is None else self.latency.known
+        whole, table = self.survey.cost, self._table
         return Plan(
             layers=entries,
             macs_dense=whole.macs,
@@ -155,30 +156,31 @@ class Planner:
         """The candidates of every layer and what the rule chooses, with as much factored as the choice needs."""
         team = self.factorizer.team
         while True:
-            candidates = self._candidates(factored.spectra)
+            candidates = self._candidates(factored.spectra, self._table)
             # The first process's choice counts: a rule may be anybody's code, and may differ or fail in one process.
-            choices = team.share(partial(self._choice, candidates, rule) if team.rank == 0 else dict)
+            choices = team.share(partial(self._choice, candidates, rule, self._table) if team.rank == 0 else dict)
             chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
                 return candidates, choices
             self.factorizer.complete(factored, short)
 
-    def _candidates(self, spectra: Mapping[Key, Spectrum], table: LatencyTable | None = None) -> dict[str, list[Candidate]]:
-        """What a rule may choose from, for every layer, at these times or those that are known."""
-        if table is None and self.latency is not None:
-            table = self.latency.known
+    @property
+    def _table(self) -> LatencyTable | None:
+        """The times that are known, where the rule goes by latency."""
+        return None if self.latency is None else self.latency.known
+
+    def _candidates(self, spectra: Mapping[Key, Spectrum], table: LatencyTable | None) -> dict[str, list[Candidate]]:
+        """What a rule may choose from, for every layer."""
         return {
             name: [_candidate(o, spectra[o.key], self.round_to, table) for o in options]
             for name, options in self.survey.options.items()
         }
 
     def _choice(
-        self, candidates: Mapping[str, list[Candidate]], rule: RankRule, table: LatencyTable | None = None
+        self, candidates: Mapping[str, list[Candidate]], rule: RankRule, table: LatencyTable | None
     ) -> dict[str, Choice]:
         """What the rule says of them."""
-        if table is None and self.latency is not None:
-            table = self.latency.known
         network = self.survey.cost if table is None else replace(self.survey.cost, ns=table.network_ns)
         try:
             chosen = rule.choose(candidates, network)

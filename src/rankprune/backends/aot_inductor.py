@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankprune.backends.base import FileBackend, OfTensors, Program, exportable
+from rankprune.backends.base import FileBackend, Program, exportable
 from rankprune.errors import ExportError
 from rankprune.inputs import Inputs, call, tensors
 
@@ -25,9 +25,9 @@ class AotInductor(FileBackend):
         from torch._inductor.utils import fresh_inductor_cache  # takes seconds
 
         e = exportable(model, x, torch.export.Dim("batch", min=1) if dynamic_batch else None)
-        if isinstance(e.model, OfTensors):
+        if e.model is not model:
             raise ExportError("a library cannot leave the batch of a forward(**kwargs) open; give dynamic_batch=False")
-        program = torch.export.export(e.model, e.args, e.kwargs, dynamic_shapes=e.shapes)
+        program = e.export()
         frozen = {"freezing": True}  # folds BatchNorm, and packs weights as the kernels want them
         with (
             fresh_inductor_cache(),  # in which it would leave a library with all weights

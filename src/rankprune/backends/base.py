@@ -7,7 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -213,22 +213,42 @@ def reason_of(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Exportable:
-    """What torch.export takes: a model, its arguments, and which axes are open, by the forward's parameters."""
+    """What torch.export takes: a model, its arguments, and which axes are open, by the forward's parameters.
+
+    `names` are those of the inputs where the model is one of tensors in order, and they had names.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    shapes: dict[str, Any] | None
+    shapes: dict[str, Any] | None = None
+    names: list[str] | None = None
+
+    def export(self) -> torch.export.ExportedProgram:
+        """The program."""
+        return torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.shapes)
 
 
-def exportable(model: nn.Module, x: Inputs, batch: Any) -> Exportable:
+def exportable(model: nn.Module, x: Inputs, batch: Any = None, *, tensors_only: bool = False) -> Exportable:
     """A model called with `x`, in which the first axis of every tensor is `batch`; with None no axis is open.
 
     A batch of one is doubled, for torch.export would take it for a constant.
+
+    Args:
+        tensors_only: have no inputs but tensors; some runtimes would make inputs of flags and None, too.
     """
     args, kwargs = arguments(x)
+    taken: Mapping[str, Any] = {}
+    in_order = tensors_only and not all(isinstance(leaf, Tensor) for leaf in leaves(x))
+    if batch is not None:
+        signature = inspect.signature(model.forward)
+        taken = signature.bind(*args, **kwargs).arguments
+        # torch.export opens no axis of what goes into **kwargs
+        in_order |= any(p.kind is p.VAR_KEYWORD and p.name in taken for p in signature.parameters.values())
+    if in_order:
+        return replace(exportable(_OfTensors(model, x), tuple(tensors(x)), batch), names=_names_of_tensors(x))
     if batch is None:
-        return Exportable(model, args, kwargs, None)
+        return Exportable(model, args, kwargs)
 
     def at_least_two(a: Any) -> Any:
         return larger_by_one(a) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a
@@ -236,23 +256,16 @@ def exportable(model: nn.Module, x: Inputs, batch: Any) -> Exportable:
     def shape(a: Any) -> dict[int, Any] | None:
         return {0: batch} if isinstance(a, Tensor) and a.dim() else None
 
-    signature = inspect.signature(model.forward)
-    taken = signature.bind(*args, **kwargs).arguments
-    if any(
-        p.kind is p.VAR_KEYWORD and p.name in taken for p in signature.parameters.values()
-    ):  # torch.export opens none of these
-        return exportable(OfTensors(model, x), tuple(tensors(x)), batch)
-    args, kwargs = each_leaf(at_least_two, args), each_leaf(at_least_two, kwargs)
-    return Exportable(model, args, kwargs, each_leaf(shape, dict(signature.bind(*args, **kwargs).arguments)))
+    return Exportable(model, each_leaf(at_least_two, args), each_leaf(at_least_two, kwargs), each_leaf(shape, dict(taken)))
 
 
-def names_of_tensors(x: Inputs) -> list[str] | None:
+def _names_of_tensors(x: Inputs) -> list[str] | None:
     """The names that the tensors in `x` go by, in order; None where some have none of their own."""
     names = [str(name) for name, value in x.items() if isinstance(value, Tensor)] if isinstance(x, Mapping) else []
     return names if names and len(names) == len(tensors(x)) else None
 
 
-class OfTensors(nn.Module):
+class _OfTensors(nn.Module):
     """A model as one of the tensors in `x` alone, in order; names and what is no tensor are a part of it."""
 
     def __init__(self, model: nn.Module, x: Inputs) -> None:
@@ -263,9 +276,3 @@ class OfTensors(nn.Module):
         """What the model gives for these tensors."""
         left = iter(values)
         return call(self.model, each_leaf(lambda a: next(left) if isinstance(a, Tensor) else a, self._x))
-
-
-def of_tensors(model: nn.Module, x: Inputs) -> tuple[nn.Module, Inputs]:
-    """The model and its inputs, without what is no tensor among these: some runtimes would make inputs of that, too."""
-    constant = any(not isinstance(leaf, Tensor) for leaf in leaves(x))
-    return (OfTensors(model, x), tuple(tensors(x))) if constant else (model, x)

@@ -4,12 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import FileBackend, Program, of_tensors
+from rankprune.backends.base import FileBackend, Program, exportable
 from rankprune.errors import ExportError, MissingExtraError
-from rankprune.inputs import Inputs, arguments, tensors
+from rankprune.inputs import Inputs, tensors
 
 
 class ExecuTorch(FileBackend):
@@ -51,9 +50,7 @@ class ExecuTorch(FileBackend):
 
         if dynamic_batch:
             raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
-        model, x = of_tensors(model, x)
-        args, kwargs = arguments(x)
-        program = torch.export.export(model, args, kwargs)
+        program = exportable(model, x, tensors_only=True).export()
         with warnings.catch_warnings(action="ignore"):  # it uses what torch deprecates
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             path.write_bytes(lowered.to_executorch().buffer)

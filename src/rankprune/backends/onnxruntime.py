@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import (
-    FileBackend,
-    OfTensors,
-    Program,
-    SideBySide,
-    exportable,
-    names_of_tensors,
-    outputs_of_each,
-    reason_of,
-)
+from rankprune.backends.base import FileBackend, Program, SideBySide, exportable, outputs_of_each, reason_of
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.files import check_folder
 from rankprune.inputs import Inputs, arguments, check_batches, tensors
@@ -56,7 +47,7 @@ class OnnxRuntime(FileBackend):
                 e.model,
                 (*e.args, e.kwargs),
                 path,
-                input_names=names_of_tensors(x) if isinstance(e.model, OfTensors) else None,
+                input_names=e.names,
                 dynamo=True,
                 external_data=_bytes(model) > LIMIT,
                 dynamic_shapes=e.shapes,

@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.backends.base import (
-    FileBackend,
-    OfTensors,
-    Program,
-    SideBySide,
-    exportable,
-    names_of_tensors,
-    of_tensors,
-    outputs_of_each,
-)
+from rankprune.backends.base import FileBackend, Program, SideBySide, exportable, outputs_of_each
 from rankprune.inputs import Inputs, cloned, tensors
 
 
@@ -80,14 +71,13 @@ def _converted(model: nn.Module, x: Inputs, dynamic_batch: bool) -> Any:
     """The network for inputs of the shapes in `x`, the first axis of each open where asked: OpenVINO leaves all axes open."""
     import openvino
 
-    names = names_of_tensors(x)
-    model, x = of_tensors(model, cloned(x))  # one tensor given twice would be one input
-    e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None)
+    x = cloned(x)  # one tensor given twice would be one input
+    e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None, tensors_only=True)
     with warnings.catch_warnings(action="ignore"):  # OpenVINO's decompositions use what torch deprecates
-        converted = openvino.convert_model(torch.export.export(e.model, e.args, e.kwargs, dynamic_shapes=e.shapes))
+        converted = openvino.convert_model(e.export())
     axes = [[-1 if dynamic_batch and not axis else size for axis, size in enumerate(t.shape)] for t in tensors(x)]
-    if isinstance(e.model, OfTensors) and names:
-        for slot, name in zip(converted.inputs, names, strict=True):
+    if e.names:
+        for slot, name in zip(converted.inputs, e.names, strict=True):
             slot.get_tensor().set_names({name})
     converted.reshape({slot: openvino.PartialShape(sizes) for slot, sizes in zip(converted.inputs, axes, strict=True)})
     return converted
