@@ -1,6 +1,5 @@
 """What test_distributed.py has the recipes' loop do in several processes."""
 
-import atexit
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +72,7 @@ def plan_once() -> None:
 
 
 def shared_folder() -> Path:
-    """One that the first process makes and removes at its end."""
-    names = [None]
-    if dist.get_rank() == 0:
-        made = tempfile.TemporaryDirectory()
-        atexit.register(made.cleanup)
-        names = [made.name]
+    """One of the first process."""
+    names = [tempfile.mkdtemp()]
     dist.broadcast_object_list(names)
-    return Path(str(names[0]))
+    return Path(names[0])
