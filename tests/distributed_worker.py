@@ -147,6 +147,25 @@ def resume_elsewhere() -> None:
     train(sharded, resumed, rank, size)
 
 
+def disagree() -> None:
+    """Processes that would wait for each other at different steps, or exchange weights of different layers, are told."""
+    rank, trained = dist.get_rank(), network()
+    trp, resumed = make(trained), make(network())
+    train(trained, trp, 0, 1)
+    if rank == 1:
+        resumed.load_state_dict(trp.state_dict())
+    differing = {
+        "layers": rp.TRP(nn.Linear(8, 8 + rank), rule=rp.FixedRank(2), include=["*"]),
+        "rules": make(network(), rule=rp.Budget(macs=0.3 + 0.1 * rank)),
+        "schedules": make(network(), every=2 + rank),
+        "the step of the last projection, steps": resumed,
+    }
+    for what, one in differing.items():
+        with pytest.raises(rp.RankPruneError, match=f"2 processes differ in {what}"):
+            one.attach(sgd(one.model))
+        assert not one.attached
+
+
 def fail_late() -> None:
     """Whatever goes wrong in the work of one process before it sends results, all are told."""
     rank = dist.get_rank()
@@ -276,6 +295,7 @@ if __name__ == "__main__":
     modes: dict[str, Callable[[], None]] = {
         "fail": fail,
         "fail-late": fail_late,
+        "disagree": disagree,
         "die": die,
         "recipe": recipe,
         "recipe-killed": recipe_killed,

@@ -73,7 +73,7 @@ def test_a_single_process_resumes_sharded_weights() -> None:
 
 @needs_gloo
 def test_an_error_of_one_process_reaches_all() -> None:
-    run = torchrun(WORKER, "fail", "fail-late")
+    run = torchrun(WORKER, "fail", "fail-late", "disagree")
     assert run.returncode == 0, run.stderr[-4000:]
     assert (run.stdout.count("was told of"), run.stdout.count("was told")) == (8, 10)  # lines of two processes may run together
 

@@ -73,6 +73,22 @@ class Team:
         team._group, team.size, team.rank = None, 1, 0
         return team
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Make sure that these are the same, and in the same order, for all members.
+
+        Raises:
+            RankPruneError: on every member, naming those that are not.
+        """
+        if self.size == 1:
+            return
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, dict(facts), group=self._group)
+        if differing := [name for name in facts if any(theirs[name] != answers[0][name] for theirs in answers)]:
+            raise RankPruneError(
+                f"the {self.size} processes differ in {', '.join(differing)}; give those that train models of their own a "
+                "process_group= each"
+            )
+
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Give every layer to one member so that all have about equal work: the costliest first, each to the least laden."""
         load = [0.0] * self.size

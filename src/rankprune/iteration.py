@@ -137,6 +137,17 @@ class LowRankIteration:
             latency.table = table
             warnings.warn(f"{error}. That is by times measured in training; ranks go by the earlier ones", stacklevel=2)
 
+    @property
+    def standing(self) -> dict[str, Any]:
+        """What all processes that train together have in common, as plain values; of the layers also their order."""
+        return {
+            "layers": list(self._shapes().items()),
+            "schemes": self._planner.scheme,
+            "rules": self._ranks_by,
+            "schedules": (self.schedule.every, self.schedule.ramp, self.schedule.freeze),
+            "the step of the last projection": self.projected_at,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What to go on from, as TRP.state_dict has it."""
         table = None if self._planner.latency is None else self._planner.latency.table

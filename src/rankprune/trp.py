@@ -135,8 +135,8 @@ class TRP:
 
         Raises:
             RankPruneError: if `optimizer` is none, or a wrapper whose step runs no hooks, if already attached, if another TRP
-                on this optimizer has some of the same layers, if the optimizer does not hold their weights, or if a budget of
-                latency cannot be met.
+                on this optimizer has some of the same layers, if the optimizer does not hold their weights, if processes that
+                train together differ in model, settings or state, or if a budget of latency cannot be met.
                 Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
             MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
         """
@@ -169,7 +169,9 @@ class TRP:
                 f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out "
                 "with exclude="
             )
-        self._planner.join(Team(self._process_group))
+        team = Team(self._process_group)
+        team.agree({**self._iteration.standing, "nuclear terms": (self._nuclear, self._cadence), "steps": self.steps})
+        self._planner.join(team)
         self._stopwatch, self._outermost = Stopwatch(), Outermost()
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
