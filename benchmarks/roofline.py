@@ -26,10 +26,10 @@ from torch import Tensor
 
 import rankprune as rp
 from rankprune.backends.onnxruntime import quantize_onnx, session_options
-from rankprune.ranks import Candidate, Choice, Cost, RankRule
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import build
 from rankprune.recipes.record import provenance, write
+from rankprune.rules import Candidate, Choice, Cost, RankRule
 
 RESULT = Path(__file__).parent / "results" / "roofline.json"
 SEED, WARM_UP, CALLS = 0, 5, 30

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from rankprune import backends, comparison
 from rankprune.backends import Backend, Program
 from rankprune.backends.pytorch import Eager
-from rankprune.budget import Budget
 from rankprune.cost import parameter_count
 from rankprune.distributed import Team
 from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, meter
 from rankprune.planner import Planner
+from rankprune.rules import Budget
 from rankprune.timing import time_together
 
 MS_PER_PARAMETER, MS_PER_LAYER = 4e-4, 0.3

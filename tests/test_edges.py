@@ -4,10 +4,8 @@ import copy
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -247,33 +245,6 @@ def test_a_step_captured_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPa
     assert trp.steps == 1
 
 
-@dataclass(frozen=True)
-class Own(rp.ranks.RankRule):
-    """A user's rule that chooses the same for the first layer whatever it is asked."""
-
-    scheme: str
-    rank: Any
-    layer: str = "0"
-
-    def choose(self, layers: Mapping, network: object) -> dict[str, rp.ranks.Choice]:
-        return {self.layer: rp.ranks.Choice(self.scheme, self.rank)}
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [Own("linear", 17), Own("linear", 0), Own("linear", -1), Own("linear", 2.0), Own("spatial", 2), Own("linear", 2, "9")],
-)
-def test_a_rule_of_ones_own_is_held_to_what_it_could_choose(rule: Own):
-    with pytest.raises(rp.RankPruneError, match=rf"Own\(.*chose {rule.scheme} at rank {rule.rank} for layer '{rule.layer}'"):
-        rp.make_plan(network(), rule=rule)
-
-
-def test_a_rule_of_ones_own_may_count_as_numpy_does():
-    plan = rp.make_plan(network(), rule=Own("linear", np.int64(3)))
-    assert plan.ranks == {"0": 3}
-    assert rp.Plan.from_json(plan.to_json()) == plan
-
-
 def test_hooks_that_came_after_the_plan_are_not_lost_in_silence():
     model = network()
     plan = rp.make_plan(model, rule=rp.FixedRank(2))
@@ -362,14 +333,6 @@ def test_a_state_that_is_no_tensor_cannot_be_saved(tmp_path: Path) -> None:
     plan = rp.make_plan(model, rule=rp.FixedRank(2))
     with pytest.raises(rp.CheckpointError, match="'_extra_state', a int and no tensor"):
         rp.save(tmp_path, rp.decompose(model, plan), plan)
-
-
-def test_a_rule_by_latency_names_its_backend() -> None:
-    class Clocked(rp.FixedRank):
-        metric = "latency"
-
-    with pytest.raises(rp.RankPruneError, match="names no backend; derive the rule from Budget"):
-        rp.make_plan(network(), X, rule=Clocked(2))
 
 
 def test_a_package_that_is_there_but_does_not_work_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

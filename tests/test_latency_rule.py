@@ -7,8 +7,7 @@ import torch
 
 import rankprune as rp
 from own_clock import budget, network
-from rankprune.ranks import Candidate, Cost
-from rankprune.rules import parse_rule
+from rankprune.rules import Candidate, Cost, parse_rule
 from rankprune.spectrum import Spectrum
 
 pytestmark = pytest.mark.usefixtures("cache_by_own_clock")

@@ -38,7 +38,7 @@ def assert_undisturbed(model: nn.Module, before: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("scheme", CHOICES)
 @pytest.mark.parametrize("rule", [rp.FixedRank(1), rp.RankFraction(0.3), rp.Energy(0.5), rp.Budget(macs=0.5)])
-def test_the_totals_are_those_of_the_decomposed_model(scheme: str, rule: rp.ranks.RankRule) -> None:
+def test_the_totals_are_those_of_the_decomposed_model(scheme: str, rule: rp.rules.RankRule) -> None:
     model, x = ConvNet(), images()
     plan = rp.make_plan(model, x, scheme=scheme, rule=rule, include=["*"])
     dense, small = rp.count(model, x), rp.count(rp.decompose(model, plan), x)
@@ -104,7 +104,7 @@ def test_ranks_are_multiples(round_to: int) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("rule", [rp.Energy(0.5), rp.Budget(macs=0.5)])
-def test_planning_leaves_the_model_as_it_was(rule: rp.ranks.RankRule, training: bool) -> None:
+def test_planning_leaves_the_model_as_it_was(rule: rp.rules.RankRule, training: bool) -> None:
     model, x = ConvNet().train(training), images()
     model.norm.train(not training)  # modes may be mixed
     before = state(model)

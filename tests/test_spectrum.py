@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rankprune as rp
-from rankprune.ranks import Candidate, Cost
+from rankprune.rules import Candidate, Cost
 from rankprune.spectrum import Spectrum
 
 

@@ -86,7 +86,7 @@ def ranks_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("rule", [rp.Energy(0.93), rp.SingularValue(0.36)])
-def test_layers_without_a_cheaper_pair_are_held_at_their_ranks(rule: rp.ranks.RankRule) -> None:
+def test_layers_without_a_cheaper_pair_are_held_at_their_ranks(rule: rp.rules.RankRule) -> None:
     model, (x, _) = network(), next(iter(batches(1)))
     trp = rp.TRP(model, scheme="channel", rule=rule, freeze=0)
     plan = trp.project()

@@ -223,7 +223,7 @@ def test_after_a_finalize_in_the_ramp_the_ramp_goes_on_also_resumed() -> None:
     assert settings["ramp"] == 100
 
 
-class Half(rp.ranks.LocalRule):
+class Half(rp.rules.LocalRule):
     """A rule of one's own, without a repr."""
 
     def rank_of(self, spectrum: Spectrum) -> int:

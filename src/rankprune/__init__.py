@@ -1,6 +1,5 @@
 """rankprune: train a network so that its layers become low-rank, then replace each by two thin ones, exactly."""
 
-from rankprune.budget import Budget
 from rankprune.checkpoint import load, save
 from rankprune.cost import Count, count
 from rankprune.decompose import decompose
@@ -10,7 +9,7 @@ from rankprune.latency import NoisyMeasurementWarning
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import make_plan
 from rankprune.projection import project
-from rankprune.ranks import Energy, FixedRank, RankFraction, SingularValue
+from rankprune.rules import Budget, Energy, FixedRank, RankFraction, SingularValue
 from rankprune.timing import Timing, measure
 from rankprune.trp import TRP
 from rankprune.version import VERSION as __version__

@@ -14,7 +14,7 @@ from rankprune.latency import Subject, measure_layer, ranks_to_try
 from rankprune.layers import named_modules, unwrap
 from rankprune.passes import undisturbed
 from rankprune.planner import Planner
-from rankprune.ranks import RankFraction
+from rankprune.rules import RankFraction
 from rankprune.timing import spread, time_together
 
 

@@ -35,7 +35,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
         UserWarning: if planned layers have hooks, which they lose.
 
     >>> from rankprune.planner import make_plan
-    >>> from rankprune.ranks import FixedRank
+    >>> from rankprune.rules import FixedRank
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
     >>> decompose(model, make_plan(model, rule=FixedRank(4)))
     Sequential(

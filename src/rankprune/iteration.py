@@ -13,7 +13,7 @@ from rankprune.factorizer import Factored
 from rankprune.plan import Plan
 from rankprune.planner import Planner
 from rankprune.projection import project_factored, project_with_subgradients, subgradients
-from rankprune.ranks import RankRule
+from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
 from rankprune.survey import Key
 

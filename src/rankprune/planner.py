@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from rankprune.backends import backend_named
-from rankprune.budget import Budget
 from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
@@ -17,7 +16,7 @@ from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
 from rankprune.layers import unwrap
 from rankprune.plan import LayerPlan, Plan
-from rankprune.ranks import Candidate, Choice, RankRule
+from rankprune.rules import Candidate, Choice, RankRule
 from rankprune.spectrum import Spectrum
 from rankprune.survey import Key, Option, subject, survey
 
@@ -75,9 +74,7 @@ class Planner:
         counted = rule.metric if rule.metric in ("macs", "params") else self.survey.cost.known
         self.decomposable = frozenset(n for n, schemes in options.items() if any(o.pays(counted, round_to) for o in schemes))
         self.latency: NetworkLatency | None = None
-        if rule.metric == "latency":
-            if not isinstance(rule, Budget) or example_inputs is None:
-                raise RankPruneError(f"{rule!r} goes by latency but names no backend; derive the rule from Budget")
+        if rule.metric == "latency" and example_inputs is not None:
             tries = backend_named(rule.backend).ranks
             subjects = {name: subject(schemes, tries, round_to) for name, schemes in options.items()}
             self.latency = NetworkLatency(self.model, example_inputs, subjects, rule.backend, rule.threads)
@@ -188,7 +185,9 @@ class Planner:
             raise
         except Exception as error:  # of the user's own code
             raise RankPruneError(f"{rule!r} failed to choose: {type(error).__name__}: {error}") from error
-        return {name: _checked(rule, name, candidates.get(name, ()), choice) for name, choice in chosen.items()}
+        if unlike := candidates.keys() ^ chosen.keys():
+            raise RankPruneError(f"{rule!r} has to choose for every layer it is given, and no other: see {sorted(unlike)[:3]}")
+        return {name: _checked(rule, name, candidates[name], choice) for name, choice in chosen.items()}
 
     def _decide(self, name: str, candidates: Sequence[Candidate], choice: Choice) -> LayerPlan:
         static = self.survey.dense[name]
@@ -209,21 +208,22 @@ class Planner:
 
 
 def _checked(rule: RankRule, name: str, candidates: Sequence[Candidate], choice: Choice) -> Choice:
-    """What a rule chose for a layer, its rank as a plain number.
+    """What a rule chose for a layer, its rank as a plain number, and a reason where it stays dense.
 
     Raises:
         RankPruneError: if it is none of what it could choose; a rule may be the user's own.
     """
     if choice.scheme is None or choice.rank is None:
-        return choice
-    known = {c.scheme: c.full_rank for c in candidates}
+        return Choice(reason=choice.reason or f"{rule!r} leaves it dense")
+    known = {c.scheme: range(1, c.full_rank + 1) if c.pair_ns is None else list(c.pair_ns) for c in candidates}
     try:
         rank = operator.index(choice.rank)
-        if 1 <= rank <= known[choice.scheme]:
+        if rank in known[choice.scheme]:
             return replace(choice, rank=rank)
     except (TypeError, KeyError):
         pass
-    could = ", ".join(f"{scheme} at ranks 1 to {full}" for scheme, full in known.items()) or "nothing, for it was not asked"
+    told = {scheme: f"1 to {len(ranks)}" if isinstance(ranks, range) else ranks for scheme, ranks in known.items()}
+    could = ", ".join(f"{scheme} at ranks {ranks}" for scheme, ranks in told.items())
     raise RankPruneError(f"{rule!r} chose {choice.scheme} at rank {choice.rank!r} for layer {name!r}; it could choose {could}")
 
 
@@ -242,7 +242,7 @@ def make_plan(
 
     Arguments and errors are those of Planner and its join().
 
-    >>> from rankprune.ranks import RankFraction
+    >>> from rankprune.rules import RankFraction
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     >>> make_plan(model, rule=RankFraction(0.25)).ranks
     {'0': 16}

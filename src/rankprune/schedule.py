@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rankprune.errors import RankPruneError
-from rankprune.ranks import RankRule
+from rankprune.rules import RankRule
 
 
 @dataclass(frozen=True)

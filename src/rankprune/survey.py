@@ -12,7 +12,7 @@ from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
 from rankprune.layers import Layer, named_modules, own_weight, select
 from rankprune.plan import LayerPlan
-from rankprune.ranks import Cost, Metric, break_even
+from rankprune.rules import Cost, Metric, break_even
 from rankprune.schemes import Scheme, schemes_for
 
 Key = tuple[str, str]

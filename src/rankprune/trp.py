@@ -29,7 +29,7 @@ from rankprune.optimizer_step import (
 )
 from rankprune.plan import Plan
 from rankprune.planner import Planner
-from rankprune.ranks import RankRule
+from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
 

@@ -10,7 +10,6 @@ import torch
 import typer
 
 from rankprune.backends import BACKENDS, backend_named
-from rankprune.budget import Budget
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import Checkpoint, InputShape, ModelSpec, SchemeName, refuse
 from rankprune.cli.target import build_model, dtype_of, example_input
@@ -23,10 +22,9 @@ from rankprune.latency import Setting
 from rankprune.latency.cache import NOISY
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
-from rankprune.ranks import RankRule
 from rankprune.recipes.record import provenance, write
 from rankprune.report.plots import plot_layer, require_matplotlib
-from rankprune.rules import parse_rule
+from rankprune.rules import Budget, RankRule, parse_rule
 
 DENSE = "dense"
 SEED = 0
@@ -127,7 +125,7 @@ def _predictions(rules: Mapping[str, RankRule], plans: Mapping[str, Plan]) -> di
     found = {}
     for text, rule in rules.items():
         ms, dense = plans[text].ms, plans[text].ms_dense
-        if isinstance(rule, Budget) and ms and dense:
+        if ms and dense:
             found[text, rule.backend, rule.threads or backend_named(rule.backend).threads] = dense / ms
     return found
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, on_device
-from rankprune.ranks import RankRule
+from rankprune.rules import RankRule
 from rankprune.trp import TRP
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.budget import Budget
 from rankprune.cost import count
 from rankprune.decompose import decompose
 from rankprune.errors import MissingExtraError
@@ -21,6 +20,7 @@ from rankprune.recipes.progress import Progress
 from rankprune.recipes.resnet import CifarResNet
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
+from rankprune.rules import Budget
 from rankprune.timing import measure_together
 from rankprune.trp import TRP
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.budget import Budget
 from rankprune.checkpoint import load, read_notes, save, save_tensors
 from rankprune.comparison import compare
 from rankprune.cost import count
@@ -190,11 +189,10 @@ def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e:
     rule = parse_rule(e.trp.rule)
     batch = next(data.test(batch=(e.trp.batch or 1) if rule.metric == "latency" else TIMED))[0]
     before, after = count(model, x), count(small, x)
-    backend, threads = (rule.backend, rule.threads) if isinstance(rule, Budget) else ("eager", None)
     networks = {"small": small} if model is small else {"dense": model, "small": small}
-    found = compare(networks, batch, [backend], threads=threads, rounds=30)
+    found = compare(networks, batch, [rule.backend], threads=rule.threads, rounds=30)
     if found.failed:
-        raise RankPruneError(f"the networks cannot be timed: {found.failed[backend]}")
+        raise RankPruneError(f"the networks cannot be timed: {found.failed[rule.backend]}")
     times = {t.network: t for t in found.timings}
     accuracy = top1(small, data.test())
     return {
@@ -206,9 +204,9 @@ def _compare(model: nn.Module, small: nn.Module, data: Data, x: torch.Tensor, e:
         "params": after.params,
         "ms_dense": round(times.get("dense", times["small"]).ms, 3),
         "ms": round(times["small"].ms, 3),
-        "ms_backend": backend,
+        "ms_backend": rule.backend,
         "ms_threads": times["small"].threads,
-        "ms_device": Setting.of(small, backend, threads).cpu,
+        "ms_device": Setting.of(small, rule.backend, rule.threads).cpu,
         "ms_batch": len(batch),
         "ms_spread": round(max(t.spread for t in times.values()), 3),
     }

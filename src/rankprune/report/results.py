@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankprune.budget import Budget
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.plan import Plan
 from rankprune.recipes.settings import in_force
-from rankprune.rules import parse_rule
+from rankprune.rules import Budget, parse_rule
 
 Result = dict[str, Any]
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}

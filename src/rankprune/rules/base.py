@@ -9,14 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rankprune.errors import RankPruneError
 from rankprune.spectrum import Spectrum
 
 Metric = Literal["macs", "params", "latency"]
-_ROUNDING = 1e-12
-"""How far off a decimal fraction may be in binary; 0.9 of ten ranks is nine."""
 
 
 def is_share(value: object) -> bool:
@@ -111,6 +109,10 @@ class RankRule(ABC):
 
     metric: Metric | None = None
     """The cost that the rule needs to know; None if it needs none."""
+    backend: str = "eager"
+    """What runs the network where its latency counts: a name in rankprune.backends.BACKENDS."""
+    threads: int | None = None
+    """How many the backend may use; None means as many as it takes by itself."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -119,7 +121,7 @@ class RankRule(ABC):
 
     @abstractmethod
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
-        """One Choice for each layer.
+        """One Choice for each of `layers`, and for no other.
 
         Also asked, before any training, of spectra in which all singular values are equal: what it raises there, like that
         a budget cannot be met, is raised by TRP and make_plan.
@@ -136,102 +138,3 @@ class RankRule(ABC):
             RankPruneError: if the rule has no such path.
         """
         raise RankPruneError(f"{self!r} cannot be annealed; use one that can, like Budget or Energy, or ramp=0")
-
-
-class LocalRule(RankRule):
-    """A rule that looks at one layer at a time; among schemes the cheapest wins, at the rank the rule gives each."""
-
-    holds: ClassVar[bool] = False
-    """Whether projections hold a layer at its rank also where a pair would not be cheaper, so that its rank can fall."""
-
-    @abstractmethod
-    def rank_of(self, spectrum: Spectrum) -> int:
-        """The rank for these singular values; more than are known asks for all of them."""
-
-    def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
-        return {name: self._choose(candidates) for name, candidates in layers.items()}
-
-    def _choose(self, candidates: Sequence[Candidate]) -> Choice:
-        ranked = [(c, c.rounded(self.rank_of(c.spectrum))) for c in candidates]
-        best, rank = min(ranked, key=lambda pair: pair[1] * pair[0].unit.of(pair[0].dense.known))
-        metric = best.dense.known
-        cost, dense = rank * best.unit.of(metric), best.dense.of(metric)
-        if cost >= dense:
-            unit = "MACs" if metric == "macs" else "parameters"
-            reason = f"{best.scheme} at rank {rank} of {best.full_rank} costs {cost} {unit}, dense {dense}"
-            return Choice(best.scheme, rank, reason) if self.holds and rank < best.full_rank else Choice(reason=reason)
-        return Choice(best.scheme, rank)
-
-
-@dataclass(frozen=True)
-class Energy(LocalRule):
-    """The smallest rank that keeps the share `keep` of each layer's squared singular values (TRP's energy threshold).
-
-    Every layer is projected to its rank, as in TRP, also where a pair of that rank would cost more than the layer.
-
-    >>> import torch
-    >>> Energy(keep=0.9).rank_of(Spectrum.of(torch.tensor([[3.0, 1.0, 0.0]])))
-    1
-    """
-
-    keep: float
-    holds: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not is_share(self.keep):
-            raise RankPruneError(f"Energy(keep={self.keep}): keep is a share of energy, above 0 and at most 1, like 0.98")
-
-    def rank_of(self, spectrum: Spectrum) -> int:
-        return max(1, int((spectrum.errors() > 1 - self.keep + _ROUNDING).sum()))
-
-    def relaxed(self, progress: float) -> "Energy":
-        return Energy(1 - (1 - self.keep) * progress)
-
-
-@dataclass(frozen=True)
-class SingularValue(LocalRule):
-    """As many ranks as there are singular values of at least `minimum`, in the weight's own units.
-
-    With calibration it is in those of the layer's output: a singular value is then the root mean square of what it adds there.
-
-    Every layer is projected to its rank, also where a pair of that rank would cost more than the layer.
-    """
-
-    minimum: float
-    holds: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.minimum, int | float) or not self.minimum > 0:
-            raise RankPruneError(f"SingularValue(minimum={self.minimum}): give a positive threshold")
-
-    def rank_of(self, spectrum: Spectrum) -> int:
-        reached = int((spectrum.values.max(0).values >= self.minimum).sum())
-        return reached + 1 if reached == spectrum.known < spectrum.full_rank else max(1, reached)
-
-
-@dataclass(frozen=True)
-class FixedRank(LocalRule):
-    """The same rank for every layer, or its full rank where that is less."""
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise RankPruneError(f"FixedRank(rank={self.rank}): a rank is a whole number of at least 1")
-
-    def rank_of(self, spectrum: Spectrum) -> int:
-        return min(self.rank, spectrum.full_rank)
-
-
-@dataclass(frozen=True)
-class RankFraction(LocalRule):
-    """This fraction of each layer's full rank, rounded up."""
-
-    fraction: float
-
-    def __post_init__(self) -> None:
-        if not is_share(self.fraction):
-            raise RankPruneError(f"RankFraction(fraction={self.fraction}): give a fraction above 0 and at most 1, like 0.25")
-
-    def rank_of(self, spectrum: Spectrum) -> int:
-        return max(1, math.ceil(self.fraction * spectrum.full_rank - 1e-9))

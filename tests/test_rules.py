@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rankprune as rp
-from rankprune.budget import Budget, _spent
-from rankprune.ranks import Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
+from rankprune.rules import Candidate, Choice, Cost, Energy, FixedRank, RankFraction, RankRule, SingularValue
 from rankprune.rules import parse_rule as parse
+from rankprune.rules.budget import Budget, _spent
 from rankprune.spectrum import Spectrum
 
 Layers = dict[str, list[Candidate]]

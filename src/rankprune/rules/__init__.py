@@ -1,12 +1,30 @@
-"""All rank rules by name, and a rule from its text."""
+"""All rank rules by name, and a rule from its text. A new rule is one class and one entry here."""
 
 import ast
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rankprune.budget import Budget
 from rankprune.errors import RankPruneError
-from rankprune.ranks import Energy, FixedRank, RankFraction, RankRule, SingularValue
+from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, break_even
+from rankprune.rules.budget import Budget
+from rankprune.rules.local import Energy, FixedRank, LocalRule, RankFraction, SingularValue
+
+__all__ = [
+    "RULES",
+    "Budget",
+    "Candidate",
+    "Choice",
+    "Cost",
+    "Energy",
+    "FixedRank",
+    "LocalRule",
+    "Metric",
+    "RankFraction",
+    "RankRule",
+    "SingularValue",
+    "break_even",
+    "parse_rule",
+]
 
 RULES: Mapping[str, type[RankRule]] = MappingProxyType(
     {rule.__name__: rule for rule in (Energy, SingularValue, FixedRank, RankFraction, Budget)}

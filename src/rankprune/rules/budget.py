@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankprune.backends import backend_named
 from rankprune.errors import RankPruneError
-from rankprune.ranks import Candidate, Choice, Cost, Metric, RankRule, is_share
+from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, is_share
 
 _METRICS: tuple[Metric, ...] = ("macs", "params", "latency")
 
