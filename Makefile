@@ -1,7 +1,7 @@
 # Everything sets itself up: `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo check test test-slow docs bench bench-cifar bench-paper bench-latency bench-imagenet bench-imagenette weights clean
@@ -74,12 +74,12 @@ CLOCKED ?= benchmarks/results/latency
 
 bench-latency: .venv/ready
 	$(BY_CLOCK):resnet18 --input 1,3,224,224 --rule "Budget(latency=0.36, backend='onnxruntime')" --out $(CLOCKED)-resnet18-224.json \
-	--layer layer3.1.conv1 --plot docs/plots/layer-rank.svg
+	--layer layer3.1.conv1 --plot $(if $(filter file,$(origin CLOCKED)),docs/plots/layer-rank.svg,$(CLOCKED)-layer-rank.svg)
 	$(BY_CLOCK):resnet18 --input 8,3,112,112 --rule "Budget(latency=0.33, backend='onnxruntime')" --out $(CLOCKED)-resnet18-112.json
 	$(BY_CLOCK):resnet50 --input 1,3,224,224 --rule "Budget(latency=0.34, backend='onnxruntime')" --out $(CLOCKED)-resnet50-224.json
 	$(BIN)/rankprune bench latency --rule "Budget(latency=0.5, backend='onnxruntime')" --rule "Budget(macs=1/2.9)" \
 	--model rankprune.recipes.imagenet_resnet:resnet18 --input 1,3,224,224 --out $(CLOCKED)-resnet18-backends.json
-	$(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/pairs.py $(if $(filter file,$(origin CLOCKED)),benchmarks/results/pairs.json,$(CLOCKED)-pairs.json)
 
 bench: bench-cifar bench-imagenette bench-latency
 	$(BIN)/python benchmarks/int8.py benchmarks/experiments/resnet20-ours-spatial-2.84x-distilled.toml

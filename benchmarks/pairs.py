@@ -10,10 +10,11 @@ Every line of the result sets a variant beside the pair as the library builds it
 The first three in ONNX Runtime and in OpenVINO. A channel pair has one order, and its stride is in its first layer, for the
 second sees single positions.
 
-    python benchmarks/pairs.py
+    python benchmarks/pairs.py [FILE.json]
 """
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def main() -> None:
             )
         rows += [{"layer": [c, n, s, side], **row} for row in found]
     config = {"layers": LAYERS, "rounds": ROUNDS, "tries": TRIES}
-    write({"benchmark": "pairs", "config": config, "seed": SEED, "rows": rows, **provenance()}, RESULT)
+    out = Path(sys.argv[1]) if sys.argv[1:] else RESULT
+    write({"benchmark": "pairs", "config": config, "seed": SEED, "rows": rows, **provenance()}, out)
 
 
 if __name__ == "__main__":

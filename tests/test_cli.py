@@ -236,6 +236,7 @@ def test_demo_prints_its_table_and_writes_everything_it_names(tmp_path, monkeypa
             ["train", "--method", "decompose", "--epochs", "5", "--lr", "1"],
             "--epochs and --lr would do nothing: --method decompose trains nothing",
         ),
+        (["train", "--method", "decompose", "--seed", "3"], "--seed would do nothing: --method decompose trains nothing"),
         (["report", "--each", "--html", "x.html"], "--each would do nothing: no tables are printed"),
         (["train", "--time-batch", "8"], "--time-batch would do nothing: nothing goes by latency"),
         (["decompose", *MODEL, "--plan", "p", "--out", "o", "--rule", "FixedRank(3)"], "--rule would do nothing: --plan says"),

@@ -51,6 +51,16 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
         invoke("evaluate", *network, *data, "--resize", "40")
 
 
+def test_what_has_no_checkpoint_is_not_trained_anew_where_it_is_to_be_evaluated_again(tmp_path: Path) -> None:
+    (tmp_path / "row.toml").write_text("method = 'dense'")
+    weights = tmp_path / "runs" / "row" / "dense.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"kept")
+    with pytest.raises(RankPruneError, match=r"there is no '.*checkpoint\.pt'; it is trained without --again"):
+        invoke("bench", "run", str(tmp_path / "row.toml"), "--again", "--runs", str(tmp_path / "runs"))
+    assert weights.read_bytes() == b"kept"
+
+
 def test_a_result_of_another_run_is_not_written_over(tmp_path: Path) -> None:
     out, data = tmp_path / "out", ["--data", str(tmp_path / "nothing")]
     out.mkdir()
@@ -103,6 +113,7 @@ def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     file.write_text('method = "dense"\n')
     weights.parent.mkdir()
     weights.touch()
+    (weights.parent / "checkpoint.pt").touch()
     result.write_text(json.dumps({"config": asdict(Experiment.read(file)), "top1_dense": 1.0}))
     folders = ["--results", str(tmp_path), "--runs", str(tmp_path)]
     before = result.read_text()

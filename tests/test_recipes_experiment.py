@@ -112,6 +112,10 @@ def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
     assert other.reference == "run:dense-seed2"
     with pytest.raises(rp.RankPruneError, match="teaches nothing"):
         replace(e, training=tiny.training)
+    with pytest.raises(rp.RankPruneError, match="method 'decompose' trains nothing; leave distill out"):
+        replace(e, method="decompose")
+    with pytest.raises(rp.RankPruneError, match="'dense' is compared with nothing; leave reference out"):
+        replace(e, method="dense")
 
 
 def test_the_experiment_in_the_documentation_can_be_read(tmp_path: Path) -> None:

@@ -57,3 +57,10 @@ def test_figures_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch,
     shown = capsys.readouterr().out
     assert all(figure in shown for figure in ("88.42 ± 0.11", "40,551,040", "269,722"))
     assert "encoder.layer.11.attention.query" not in shown, "words are folded"
+
+
+def test_all_columns_of_a_wide_table_reach_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(console, "console", console.Console(width=80, force_terminal=False))
+    columns = [f"resnet20-ours-spatial-2.84x-distilled-seed{i}" for i in range(60)]
+    console.show_table("t", ["layer", *columns], [["conv1", *map(str, range(60))]])
+    assert columns[-1] in capsys.readouterr().out

@@ -101,7 +101,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*map(Text, row))
     folded = max(console.width, least + 2 * len(columns) + 1)
-    Console(width=folded if console.is_terminal else WIDE).print(table if rows else Text(title))
+    Console(width=folded if console.is_terminal else max(WIDE, folded)).print(table if rows else Text(title))
     if note:
         say(note)
 

@@ -11,7 +11,7 @@ from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.errors import RankPruneError
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes.data import place_of
-from rankprune.recipes.networks import IMAGENET, RUN, TIMM, TORCHVISION
+from rankprune.recipes.networks import CHECKPOINT, IMAGENET, RUN, TIMM, TORCHVISION
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import first_here, joined
@@ -77,7 +77,7 @@ def train(
     elif method.startswith("decompose"):
         refuse(context, *trp_only, because=f"--method {method} trains without TRP")
     if method == "decompose":
-        refuse(context, *training, "checkpoint_steps", because="--method decompose trains nothing")
+        refuse(context, *training, "checkpoint_steps", "seed", because="--method decompose trains nothing")
     if method == "dense" or not by_clock:
         refuse(context, "time_batch", because="nothing goes by latency")
     sources = (data,) if data is not None and data.startswith(HUB) else ()
@@ -144,6 +144,10 @@ def bench_run(
         if first_here():
             say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
+    if again and experiment.method != "decompose" and not (checkpoint := runs / experiment.name / CHECKPOINT).is_file():
+        raise RankPruneError(
+            f"--again evaluates a finished run: there is no {str(checkpoint)!r}; it is trained without --again"
+        )
     _run(experiment, experiments.Folders.from_environment(runs, results), results, experiment.name)
 
 

@@ -76,6 +76,10 @@ class Experiment:
             raise RankPruneError(
                 f"distill={self.training.distill} needs a teacher: set teacher or start to 'run:NAME' or to a file"
             )
+        if self.training.distill and self.method == "decompose":
+            raise RankPruneError(f"distill={self.training.distill}: method 'decompose' trains nothing; leave distill out")
+        if self.reference and self.method == "dense":
+            raise RankPruneError(f"reference={self.reference!r}: method 'dense' is compared with nothing; leave reference out")
         if self.teacher and not self.training.distill:
             raise RankPruneError(
                 f"teacher={self.teacher!r} teaches nothing: give distill a weight, like 0.7 (--distill, or in [training])"

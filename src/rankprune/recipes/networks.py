@@ -12,8 +12,8 @@ from rankprune.recipes.resnet import DEPTHS, resnet
 
 IMAGENET = {"resnet18": imagenet_resnet.resnet18, "resnet50": imagenet_resnet.resnet50}
 RUN, TORCHVISION, TIMM = "run:", "torchvision:", "timm:"
-WEIGHTS = "dense.safetensors"
-"""The weights before decomposition, in the folder of a run; written when it ends."""
+WEIGHTS, CHECKPOINT = "dense.safetensors", "checkpoint.pt"
+"""In the folder of a run: the weights before decomposition, written when it ends, and what it goes on from."""
 
 
 def build(name: str, classes: int) -> nn.Module:

@@ -24,7 +24,7 @@ from rankprune.projection import planned_spectra, project
 from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
-from rankprune.recipes.networks import WEIGHTS, build, load_weights, weights_file
+from rankprune.recipes.networks import CHECKPOINT, WEIGHTS, build, load_weights, weights_file
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.record import in_short, provenance, top1_of_a_run
@@ -52,7 +52,7 @@ def run(
         RankPruneError: for missing data or weights, and for whatever a bad config leads to.
     """
     e, folder = experiment, folders.runs / experiment.name
-    checkpoint, begun = folder / "checkpoint.pt", provenance()
+    checkpoint, begun = folder / CHECKPOINT, provenance()
     processes = processes or Processes()
     if e.method == "decompose":
         if checkpoint.is_file():
