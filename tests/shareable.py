@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 import rankprune as rp
@@ -46,3 +47,14 @@ def same(a: nn.Module, b: nn.Module) -> None:
     for name, value in left.items():
         assert value.dtype == right[name].dtype
         assert torch.equal(value, right[name]), name
+
+
+class MixinNet(nn.Module, PyTorchModelHubMixin):
+    """A user's own class that knows the hub already."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

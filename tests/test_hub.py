@@ -19,24 +19,13 @@ from small_hub import Hub
 
 pytest.importorskip("huggingface_hub")
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from rankprune.integrations.hub import LowRank
-from shareable import ARGUMENTS, Net, same, shared
+from shareable import ARGUMENTS, MixinNet, Net, same, shared
 
 FILES = {"README.md", "config.json", "model.safetensors", "rankprune.json"}
 RESULTS = {"top-1 %": (88.51, 87.71), "ms, batch 64": (None, 40.123456), "loss": (1.23456e-5, 0.0)}
-
-
-class MixinNet(nn.Module, PyTorchModelHubMixin):
-    """A user's own class that knows the hub already."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
 
 
 def names(folder: Path) -> set[str]:
@@ -267,65 +256,13 @@ def test_a_class_with_the_mixin_needs_no_builder(tmp_path: Path) -> None:
     dense, x = MixinNet(32), torch.randn(3, 16)
     plan = rp.make_plan(dense, x, rule=rp.FixedRank(2))
     low = LowRank(rp.decompose(dense, plan), plan)
-    assert (low.builder, low.arguments) == ("test_hub:MixinNet", {"width": 32})
+    assert (low.builder, low.arguments) == ("shareable:MixinNet", {"width": 32})
     low.save_pretrained(tmp_path / "out")
     found: dict[str, Any] = {}
     exec(code_of(tmp_path / "out" / "README.md"), found)
     same(found["model"], low.model)
     again = LowRank(found["model"], plan)
     assert (again.builder, again.arguments) == (low.builder, low.arguments)
-
-
-@dataclass
-class Sizes:
-    width: int = 8
-
-
-class OfSizes(MixinNet):
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__(sizes.width)
-
-
-class OfSizesOrNot(MixinNet):
-    def __init__(self, sizes: "Sizes | None" = None) -> None:
-        super().__init__((sizes or Sizes()).width)
-
-
-class OfSettings(MixinNet):
-    def __init__(self, settings: "dict[str, int] | None" = None) -> None:
-        super().__init__((settings or {})["width"])
-
-
-class OfKind(MixinNet):
-    def __init__(self, width: int, kind: type[nn.Module]) -> None:
-        super().__init__(width)
-
-
-@pytest.mark.parametrize(
-    ("dense", "kept"),
-    [
-        (OfSizes(Sizes(32)), {}),
-        (OfSizesOrNot(Sizes(32)), {}),
-        (OfKind(32, nn.ReLU), {}),
-        (OfSettings({"width": 32}), {"settings": {"width": 32}}),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_arguments_that_json_does_not_hold_as_they_were_are_not_kept(dense: MixinNet, kept: dict[str, Any]) -> None:
-    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
-    low = LowRank(rp.decompose(dense, plan), plan)
-    assert (low.builder is not None, low.arguments) == (kept != {}, kept)
-
-
-def test_a_class_that_nobody_can_import_keeps_its_arguments() -> None:
-    class Local(MixinNet):
-        def __init__(self, width: int = 8) -> None:
-            super().__init__(width)
-
-    dense = Local(width=32)
-    plan = rp.make_plan(dense, rule=rp.FixedRank(2))
-    low = LowRank(rp.decompose(dense, plan), plan)
-    assert (low.builder, low.arguments) == (None, {"width": 32})
 
 
 def test_what_the_mixin_itself_saves_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """What cannot be shared, and what cannot be loaded from a hub: refused, saying why."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,8 @@ def test_a_configuration_cannot_name_code_to_run() -> None:
             super().__init__()
             self.config = config
 
+    far = {"limits": [0.0, {"__float__": "Infinity"}], "no": {"__float__": "evil"}}
+    assert build(Model, {"config": far}).config == {"limits": [0.0, math.inf], "no": {"__float__": "evil"}}
     hostile = {"_attn_implementation": "evil/kernel", "experts_implementation": "evil/kernel", "use_kernels": True}
     given = {"width": 3, **hostile, "text_config": {"depth": 2, "attn_implementation": "evil/kernel"}, "parts": [hostile]}
     assert build(Model, {"config": given}).config == {"width": 3, "text_config": {"depth": 2}, "parts": [{}]}

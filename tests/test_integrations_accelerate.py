@@ -23,10 +23,15 @@ from rankprune.latency.cache import LatencyCache
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its precision and its accumulation in singletons."""
+    """Accelerate keeps its precision and its accumulation in singletons, which the Trainer of transformers shares."""
+
+    def forget() -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    forget()
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget()
 
 
 class Run:
@@ -94,6 +99,18 @@ def test_decorators_of_the_users_stay_and_autocast_of_accelerate_does_not(tmp_pa
         small = finalize(trp)
         assert small(toy.X).dtype == torch.bfloat16
         assert ("forward" in vars(small)) == put
+
+
+@pytest.mark.filterwarnings("ignore:no step of the optimizer")
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_what_was_finalized_can_be_prepared_again(precision: str) -> None:
+    accelerator, net = Accelerator(cpu=True, mixed_precision=precision), toy.Net()
+    model, optimizer = accelerator.prepare(net, toy.sgd(net))
+    small = finalize(attach(rp.TRP(model, **toy.settings()), accelerator, optimizer))
+    seen = []
+    small.head[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    accelerator.prepare(small)(toy.X)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
-from torch.utils.data import DataLoader
 
 import own_clock
 import rankprune as rp
 import toy
+from lit import Lit, callback, loader, trainer
 from rankprune.integrations.lightning import TRPCallback
 from rankprune.latency.cache import LatencyCache
 
@@ -24,31 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
-
-
-class Lit(toy.Net, pl.LightningModule):
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self(**batch)["loss"]
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self(**batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return toy.sgd(self)
-
-
-def loader() -> DataLoader:
-    return DataLoader(toy.Data(), batch_size=toy.BATCH)
-
-
-def trainer(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
-    defaults = {"logger": False, "enable_checkpointing": False, "max_epochs": toy.EPOCHS, "log_every_n_steps": toy.EVERY}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
-    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **settings})
-
-
-def callback(**more: Any) -> TRPCallback:
-    return TRPCallback(**toy.settings(**{"ramp": 0.5, **more}))
 
 
 CASES = {
@@ -251,16 +226,6 @@ def test_a_checkpoint_without_a_state_is_told_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="TRP starts anew at step 10"):
         trainer(trp).fit(Lit(), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
     assert [step for step, _ in trp.trp.history] == [4, 8]
-
-
-def test_testing_a_checkpoint_does_not_disturb_the_next_fit(tmp_path: Path) -> None:
-    trp, module = callback(), Lit()
-    runner = trainer(trp)
-    runner.fit(module, loader())
-    runner.save_checkpoint(tmp_path / "it.ckpt")
-    runner.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False, weights_only=True)
-    trainer(trp).fit(Lit(), loader())
-    toy.really_projected(trp.trp, 20)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -170,6 +170,22 @@ def test_where_optimizers_lose_the_state_it_is_in_that_of_the_trainer(tmp_path: 
     toy.same_weights(again, model)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_callback_that_reporters_come_before_says_so(tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = trainer(tmp_path, toy.Net(), max_steps=1)
+    monkeypatch.setattr(runner.args, "report_to", ["tensorboard"])
+    trp = callback()
+    if late:
+        runner.add_callback(trp)
+        with pytest.warns(UserWarning, match=r"reports to tensorboard before.*attach\(trainer\) instead"):
+            runner.train()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trp.attach(runner)
+            runner.train()
+
+
 def test_ranks_costs_and_overhead_reach_the_loggers(tmp_path: Path) -> None:
     runner = trainer(tmp_path, toy.Net(), report_to=["tensorboard"])
     trp = callback().attach(runner)

@@ -59,6 +59,10 @@ def test_flat_shards_are_refused_with_what_to_use_instead() -> None:
     kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
     with pytest.raises(rp.RankPruneError, match="fully_shard"):
         rp.make_plan(kind(nn.Linear(8, 8), nn.Linear(8, 8)), rule=rp.FixedRank(2))
+    fabric = pytest.importorskip("lightning.fabric.wrappers")  # whose inner module shows nothing of it
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(rp.RankPruneError, match="fully_shard"):
+        rp.make_plan(fabric._FabricModule(kind(model), None, model), rule=rp.FixedRank(2))
 
 
 def test_a_compiled_layer_inside_a_model_still_runs() -> None:

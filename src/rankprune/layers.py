@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
         if inner is None and (wraps or type(model).__name__ == "_FabricModule"):
             inner = model.module
+            sharded: Any = getattr(model, "_forward_module", inner)  # by Fabric; its inner module alone does not show that
+            if "FullyShardedDataParallel" in {type(m).__name__ for m in sharded.modules()}:
+                return sharded
         if not isinstance(inner, nn.Module):
             return model
         model = inner

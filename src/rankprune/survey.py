@@ -54,6 +54,19 @@ class Survey:
     dense: dict[str, LayerPlan] = field(default_factory=dict)
 
 
+def refuse_flat(model: nn.Module) -> None:
+    """Make sure that a model is not, and has not, what FSDP of the first kind wraps.
+
+    Raises:
+        RankPruneError: if it has.
+    """
+    if any(kind.__name__ == "FullyShardedDataParallel" for m in model.modules() for kind in type(m).__mro__):
+        raise RankPruneError(
+            "this model is wrapped in FullyShardedDataParallel, which keeps its weights as flat pieces: shard it with "
+            "torch.distributed.fsdp.fully_shard (FSDP2; ModelParallelStrategy in Lightning), or plan before wrapping"
+        )
+
+
 def survey(
     model: nn.Module, scheme: str, example_inputs: Inputs | None, include: Sequence[str] | None, exclude: Sequence[str]
 ) -> Survey:
@@ -62,11 +75,7 @@ def survey(
     Raises:
         RankPruneError: for an unknown scheme, a pattern that matches nothing, or a model without a layer to decompose.
     """
-    if any(kind.__name__ == "FullyShardedDataParallel" for m in model.modules() for kind in type(m).__mro__):
-        raise RankPruneError(
-            "this model is wrapped in FullyShardedDataParallel, which keeps its weights as flat pieces: shard it with "
-            "torch.distributed.fsdp.fully_shard (FSDP2), or plan before wrapping"
-        )
+    refuse_flat(model)
     counted = None if example_inputs is None else count(model, example_inputs)
     costs = {row.name: row for row in counted.layers} if counted else {}
     calls = {name: row.obstacle for name, row in costs.items() if row.calls} if counted else None

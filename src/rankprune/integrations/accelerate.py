@@ -57,7 +57,11 @@ def finalize(trp: TRP, into: nn.Module | None = None) -> nn.Module:
 
 
 def take_autocast_off(model: nn.Module) -> None:
-    """Give a model its own forward back, around which Accelerate has put autocast, each time that it was prepared."""
+    """Give a model its own forward back, around which Accelerate has put autocast, each time that it was prepared.
+
+    It can be prepared again then; what is marked as prepared is passed over, without autocast, compilation or a device.
+    """
+    model.__dict__.pop("_is_accelerate_prepared", None)
     if model.__dict__.pop("_original_forward", None) is None:
         return
     forward = model.__dict__.pop("forward")

@@ -6,6 +6,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -27,7 +28,7 @@ def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
     config_class = getattr(builder, "config_class", None)
     try:
         if config_class is not None and isinstance(arguments.get("config"), dict):
-            arguments = {**arguments, "config": config_class.from_dict(_without_kernels(arguments["config"]))}
+            arguments = {**arguments, "config": config_class.from_dict(_values(arguments["config"]))}
         model = builder(**arguments)
     except Exception as error:
         raise RankPruneError(
@@ -39,11 +40,26 @@ def build(builder: Builder, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _without_kernels(config: Any) -> Any:
-    """A configuration without its choices of implementations, which may be repositories to run code from."""
+def _values(config: Any) -> Any:
+    """A configuration from JSON, without its choices of implementations, which may be repositories to run code from."""
     if isinstance(config, dict):
-        return {key: _without_kernels(value) for key, value in config.items() if not _IMPLEMENTATION.search(str(key))}
-    return [_without_kernels(value) for value in config] if isinstance(config, list) else config
+        if config.keys() == {"__float__"} and config["__float__"] in ("Infinity", "-Infinity", "NaN"):  # JSON has none of them
+            return float(config["__float__"])
+        return {key: _values(value) for key, value in config.items() if not _IMPLEMENTATION.search(str(key))}
+    return [_values(value) for value in config] if isinstance(config, list) else config
+
+
+def generation_of(model: Any) -> dict[str, Any] | None:
+    """How a language model of transformers generates, which its config does not tell; None for other models."""
+    generation: Any = getattr(model, "generation_config", None)
+    return json.loads(generation.to_json_string()) if hasattr(generation, "to_json_string") else None
+
+
+def generate_as(model: Any, generation: dict[str, Any] | None) -> None:
+    """Let a model generate as another one did, by its generation_of."""
+    own: Any = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(own, "from_dict"):
+        model.generation_config = type(own).from_dict(_values(generation))
 
 
 def check_arguments(builder: Builder, arguments: dict[str, Any]) -> None:
@@ -52,18 +68,24 @@ def check_arguments(builder: Builder, arguments: dict[str, Any]) -> None:
     Raises:
         RankPruneError: if not.
     """
-    try:
-        signature = inspect.signature(builder)
-    except (TypeError, ValueError):  # some have none
-        return
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
+    if (error := _refusal(builder, arguments)) is not None:
         name = getattr(builder, "__qualname__", repr(builder))
         raise RankPruneError(
             f"{name} cannot be called with arguments={reprlib.repr(arguments)} ({error}); give those that the dense model was "
             "built with"
         ) from error
+
+
+def _refusal(builder: Builder, arguments: dict[str, Any]) -> TypeError | None:
+    try:
+        signature = inspect.signature(builder)
+    except (TypeError, ValueError):  # some have none
+        return None
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return error
+    return None
 
 
 def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:
@@ -73,6 +95,8 @@ def own_builder(model: Any) -> tuple[str | None, dict[str, Any] | None]:
     """
     kind = type(model)
     if hasattr(kind, "config_class") and hasattr(model.config, "to_json_string"):
+        if _refusal(kind, {"config": None}):
+            return None, None
         arguments = {"config": json.loads(model.config.to_json_string())}
     elif hasattr(kind, "_hub_mixin_init_parameters"):
         arguments = model._hub_mixin_config or {}
@@ -127,6 +151,11 @@ def _importable_name(target: Any) -> str | None:
 
     Nor has code that transformers got from the hub such a name: it is in a module that is called after a commit.
     """
+    owner = getattr(target, "__self__", None)
+    if owner is not None and not isinstance(owner, type | ModuleType):  # a method of an object
+        return None
+    if isinstance(owner, type):  # a method of a class, perhaps inherited
+        return (name := _importable_name(owner)) and f"{name}.{target.__name__}"
     module, qualname = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
     if module is None or qualname is None or module.split(".")[0] in ("__main__", "transformers_modules") or "<" in qualname:
         return None

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankprune.checkpoint import FILES, load, load_plan, save
 from rankprune.errors import CheckpointError, MissingExtraError, RankPruneError
-from rankprune.integrations.builder import Builder, build, check_arguments, name_of, own_builder
+from rankprune.integrations.builder import Builder, build, check_arguments, generate_as, generation_of, name_of, own_builder
 from rankprune.integrations.model_card import Results, card_text
 from rankprune.layers import unwrap
 from rankprune.plan import Plan
@@ -41,7 +41,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         builder: what builds the dense model: a function or class that others can import, or its name as
             ``package.module:callable``. It goes into config.json and onto the card. By default it is the model's own class,
             with the arguments it was built from, for models of transformers and classes with PyTorchModelHubMixin. (That mixin
-            keeps the default in the place of a value that JSON cannot hold: give builder and arguments then.)
+            keeps the default in the place of a value that JSON cannot hold, and models of transformers do not tell what else
+            than their config they were built with, like add_pooling_layer=False: give builder and arguments then.)
         arguments: keyword arguments of the builder that JSON can hold.
         results: measured figures for the card's table, like ``{"top-1 %": (88.5, 87.7), "ms, batch 64": (41.9, 40.1)}``: of
             the dense model, or None, and of this one.
@@ -195,9 +196,10 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
         model = load(folder, dense if isinstance(dense, nn.Module) else build(dense, arguments))
         model.eval()
         try:
+            generate_as(model, config.get("generation_config"))
             entries = {name: config.get(name) for name in ("builder", "arguments", "results")}
             return cls(model, plan, **entries, card_data=card_data)
-        except RankPruneError as error:
+        except (RankPruneError, TypeError, ValueError) as error:
             raise CheckpointError(f"{str(folder / _CONFIG)!r} is damaged: {error}") from error
 
     def generate_model_card(self, *, source: str, revision: str | None = None) -> ModelCard:
@@ -223,6 +225,8 @@ class LowRank(ModelHubMixin, library_name="rankprune", tags=["rankprune", "low-r
     def _save_pretrained(self, save_directory: Path) -> None:
         save(save_directory, self.model, self.plan)
         config = {"builder": self.builder, "arguments": self.arguments, "results": self.results}
+        if (generation := generation_of(self.model)) is not None:
+            config["generation_config"] = generation
         (save_directory / _CONFIG).write_text(json.dumps(config, indent=1))
 
 

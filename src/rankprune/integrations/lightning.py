@@ -1,15 +1,18 @@
 """TRP as a callback of Lightning's Trainer."""
 
+import math
 import warnings
 from typing import Any
 
 from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
 from rankprune.layers import named_modules, unwrap
+from rankprune.survey import refuse_flat
 from rankprune.trp import TRP
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
@@ -19,8 +22,9 @@ class TRPCallback(OwnsTRP, Callback):
 
     Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5)`` among the Trainer's `callbacks`; after the fit
     ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
-    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. Several
-    parts of a module take a callback each, told apart by submodule, optimizer or `name`.
+    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. A checkpoint
+    that the trainer tests, validates or predicts with is what `finalize` takes next: the module has its weights then. Several
+    parts of a module take a callback each, told apart by submodule, optimizer or `name`; ``finalize`` returns that part alone.
 
     Args:
         submodule: the name of the part to train with TRP, which example_inputs are then for, and which metrics are named
@@ -34,7 +38,8 @@ class TRPCallback(OwnsTRP, Callback):
         trp: the TRP of the present or the last fit; None before the first.
 
     Raises:
-        RankPruneError: for shares out of range; when a fit starts, whatever TRP and TRP.attach raise.
+        RankPruneError: for shares out of range; when a fit starts, whatever TRP and TRP.attach raise, and if the strategy is
+            FSDP of the first kind (FSDPStrategy).
     """
 
     def __init__(self, *, submodule: str = "", optimizer: int = 0, **settings: Any) -> None:
@@ -54,6 +59,8 @@ class TRPCallback(OwnsTRP, Callback):
         part = named_modules(pl_module).get(self.submodule)
         if part is None:
             raise RankPruneError(f"submodule={self.submodule!r}: {type(pl_module).__name__} has no part of that name")
+        if trainer.strategy.model is not None:
+            refuse_flat(trainer.strategy.model)
         trp = self.trp
         if trp is None or trp.model is not unwrap(part):
             if self.needs_length and not pl_module.automatic_optimization:
@@ -64,7 +71,7 @@ class TRPCallback(OwnsTRP, Callback):
             inputs = self.example_inputs
             if inputs is None and not self.submodule:
                 inputs = pl_module.example_input_array
-            total_steps = trainer.estimated_stepping_batches if self.needs_length else 0
+            total_steps = _length(trainer) if self.needs_length else 0
             trp = self.start(part, total_steps, trainer.precision_plugin.convert_input(inputs))
         self.stop()  # an earlier fit may have ended with no word
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -88,6 +95,30 @@ class TRPCallback(OwnsTRP, Callback):
         if not 0 <= self.optimizer < len(optimizers):
             raise RankPruneError(f"optimizer={self.optimizer}: there are {len(optimizers)}, counted from 0")
         trp.attach(optimizers[self.optimizer])
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the state that belongs to the weights which were loaded to be tested."""
+        self._follow(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As on_test_start; nothing within a fit."""
+        self._follow(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As on_test_start."""
+        self._follow(trainer, pl_module)
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trp = self.trp
+        if trp is None or trp.attached or not trainer.ckpt_path or all(part is not trp.model for part in pl_module.modules()):
+            return
+        if self._restored:
+            trp.load_state_dict(self._restored)
+            self._restored = None
+        else:
+            warnings.warn(
+                f"{trainer.ckpt_path} has weights and no state of TRP: finalize() goes by that of the last fit", stacklevel=2
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,3 +153,18 @@ class TRPCallback(OwnsTRP, Callback):
             self.trp.load_state_dict(state_dict)
         else:
             self._restored = state_dict
+
+
+def _length(trainer: Trainer) -> float:
+    """How many steps the optimizer will take, from the first fit on."""
+    fresh = trainer.train_dataloader is None
+    total = trainer.estimated_stepping_batches
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    schedules = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]  # which Lightning leaves out
+    if schedules and trainer.max_epochs and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        each = (schedules[-1].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
+        total = sum(math.ceil(trainer.num_training_batches / batches) for batches in each)
+        total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+    if fresh:
+        trainer.fit_loop._combined_loader = None  # made anew where the fit begins, it goes on where the checkpoint left it
+    return total

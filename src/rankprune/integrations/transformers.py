@@ -48,6 +48,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._saving: Any = None
+        self._heard = False
         self._progress = TrainerState()
 
     def attach(self, trainer: Trainer) -> "TRPCallback":
@@ -58,16 +59,21 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         """
         if any(isinstance(other, TRPCallback) and other.name == self.name for other in trainer.callback_handler.callbacks):
             raise RankPruneError(f"the trainer has a TRPCallback named {self.name!r} already; give each a name=")
+        self._heard = True
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Warn if there are reporters, which are called before this callback."""
-        if args.report_to:
+        self._check_order(args)
+
+    def _check_order(self, args: TrainingArguments) -> None:
+        if args.report_to and not self._heard:
+            self._heard = True
             warnings.warn(
                 f"the Trainer reports to {', '.join(args.report_to)} before it calls the callbacks it was given, so TRP's "
-                "metrics will not be there; leave callbacks= and call TRPCallback(...).attach(trainer) instead",
-                stacklevel=2,
+                "metrics will not be there; leave callbacks= or add_callback and call TRPCallback(...).attach(trainer) instead",
+                stacklevel=3,
             )
 
     def on_train_begin(
@@ -81,6 +87,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         **_: Any,
     ) -> None:
         """Make the TRP, in the state of the checkpoint if there is one, and attach it."""
+        self._check_order(args)  # add_callback comes after on_init_end
         trp = self.start(model, state.max_steps, self.example_inputs)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's has no hooks of its own
             optimizer = inner
