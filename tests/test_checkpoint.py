@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.checkpoint import load_exactly, load_plan, read_tensors, save_tensors
+from rankprune.checkpoint import load_plan
+from rankprune.state_dicts import load_exactly, read_tensors, save_tensors
 
 
 class Net(nn.Module):

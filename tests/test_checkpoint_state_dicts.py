@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import rankprune as rp
-from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.recipes.resnet import resnet
+from rankprune.state_dicts import load_exactly, read_tensors
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 

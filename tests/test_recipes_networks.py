@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import rankprune as rp
-from rankprune.checkpoint import save_tensors
 from rankprune.recipes.imagenet_resnet import resnet18
 from rankprune.recipes.networks import build, load_weights
+from rankprune.state_dicts import save_tensors
 
 
 def exactly_same(a: nn.Module, b: nn.Module) -> None:

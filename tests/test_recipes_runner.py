@@ -11,7 +11,6 @@ from torch import nn
 import own_clock
 import rankprune as rp
 from coloured import coloured, write_parquet
-from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.projection import planned_spectra
 from rankprune.recipes import record, runner
 from rankprune.recipes.batches import eval_batches
@@ -26,6 +25,7 @@ from rankprune.recipes.record import finished, write
 from rankprune.recipes.resnet import resnet
 from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
+from rankprune.state_dicts import load_exactly, read_tensors
 
 
 class KilledError(Exception):

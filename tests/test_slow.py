@@ -11,7 +11,6 @@ from torch import nn
 
 import rankprune as rp
 from coloured import coloured, write_parquet
-from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.recipes.batches import TrainBatches, eval_batches
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
@@ -24,6 +23,7 @@ from rankprune.recipes.resnet import CifarResNet, resnet
 from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.recipes.training import train
+from rankprune.state_dicts import load_exactly, read_tensors
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

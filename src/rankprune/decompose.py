@@ -52,14 +52,14 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
         warnings.warn(
             f"layers {', '.join(hooked[:3])} have got hooks since the plan was made; their pairs lose them", stacklevel=2
         )
-    keys = [(name, entry.scheme or "") for name, entry in plan.decomposed.items()]
+    keys = [(name, plan.choices[name][0]) for name in modules]
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}
     pairs = {}
     for part, whites in [(keys, {})] if calibration is None else whitenings(model, layers, calibration):
         for stacks in planned_matrices({name: modules[name] for name, _ in part}, plan):
             stacks = whitened(stacks, whites)
             for key, basis in linalg.bases_by_layer(stacks).items():
-                left, right = linalg.factors(stacks[key], basis, plan.decomposed[key[0]].rank or 1)
+                left, right = linalg.factors(stacks[key], basis, plan.choices[key[0]][1])
                 module, scheme = layers[key]
                 pairs[key[0]] = scheme.pair(module, *(whites[key].undo(left, right) if key in whites else (left, right)))
         del whites  # before the next are made
@@ -75,6 +75,6 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     model = unwrap(model)
     modules, pairs = planned_modules(model, plan.decomposed), {}
     for name, module in modules.items():
-        entry = plan.decomposed[name]
-        pairs[name] = SCHEMES[entry.scheme or ""].pair_like(module, entry.rank or 1)
+        scheme, rank = plan.choices[name]
+        pairs[name] = SCHEMES[scheme].pair_like(module, rank)
     return with_pairs(model, modules, pairs)

@@ -129,12 +129,12 @@ class Factorizer:
     def leading(self, plan: Plan, factored: Factored) -> dict[Key, Tensor]:
         """The leading vectors to start from next time: as many as the plan keeps, or cost the same under another scheme."""
         starts = {}
-        for name, entry in plan.projected.items():
-            chosen = next(o for o in self.options[name] if o.scheme.name == entry.scheme)
+        for name, (scheme, kept) in plan.choices.items():
+            chosen = next(o for o in self.options[name] if o.scheme.name == scheme)
             metric = chosen.unit.known
             for o in self.options[name]:
                 basis, stack = factored.bases.get(o.key), factored.stacks.get(o.key)
-                rank = -(-(entry.rank or 1) * chosen.unit.of(metric) // max(o.unit.of(metric), 1))
+                rank = -(-kept * chosen.unit.of(metric) // max(o.unit.of(metric), 1))
                 if basis is not None and stack is not None and linalg.worth_starting(stack, rank):
                     starts[name, o.scheme.name] = basis.vectors[..., :rank].float().clone()
         return starts

@@ -218,4 +218,4 @@ class LowRankIteration:
 
 
 def _planned(plan: Plan) -> list[Key]:
-    return [(name, entry.scheme or "") for name, entry in plan.projected.items()]
+    return [(name, scheme) for name, (scheme, _) in plan.choices.items()]

@@ -15,12 +15,41 @@ from rankprune.errors import RankPruneError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def uncompiled(function: F) -> F:
+def eager(function: F) -> F:
     """The function, which torch.compile does not look into: a step may be compiled, with the hooks that it runs."""
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-def runs_hooks(optimizer: Optimizer) -> bool:
+def refuse_without_hooks(optimizer: object) -> None:
+    """Make sure that it is an optimizer whose step runs hooks.
+
+    Raises:
+        RankPruneError: if it is not.
+    """
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise RankPruneError(f"attach() takes a torch.optim.Optimizer, not a {kind}; a wrapper holds one, often as .optimizer")
+    if not _runs_hooks(optimizer):
+        raise RankPruneError(
+            f"the step() of this {kind} runs no hooks; attach to the optimizer that it wraps, often held as .optimizer"
+        )
+
+
+def refuse_without(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Make sure that the optimizer holds the weights of these layers.
+
+    Raises:
+        RankPruneError: if it does not.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing := [name for name, weight in weights.items() if id(weight) not in held]:
+        raise RankPruneError(
+            f"the optimizer does not hold the weights of {len(missing)} of {len(weights)} layers ({', '.join(missing[:3])}); "
+            "give it model.parameters() of the same model, or leave frozen layers out with exclude="
+        )
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
     """Whether its step runs hooks: torch makes it so where Optimizer's constructor ran, which some wrappers leave out.
 
     Lightning Fabric's wrapper shares its hooks with the optimizer that it steps.
@@ -92,7 +121,7 @@ class Outermost:
 
 
 def _of_the_step(caller: FrameType) -> FrameType:
-    """The frame of the step that called a hook, by way of `uncompiled`."""
+    """The frame of the step that called a hook, by way of `eager`."""
     while caller.f_globals.get("__name__", "").startswith("torch._dynamo") and caller.f_back is not None:
         caller = caller.f_back
     return caller

@@ -78,6 +78,11 @@ class Plan:
         return {layer.name: layer for layer in self.layers if layer.rank is not None}
 
     @cached_property
+    def choices(self) -> dict[str, tuple[str, int]]:
+        """Scheme and rank of each layer with a rank, by name."""
+        return {e.name: (e.scheme, e.rank) for e in self.layers if e.scheme is not None and e.rank is not None}
+
+    @cached_property
     def skipped(self) -> dict[str, str]:
         """The layers that stay dense, each with its reason."""
         return {layer.name: layer.reason or "" for layer in self.layers if not layer.becomes_pair}
@@ -85,7 +90,7 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each decomposed layer."""
-        return {name: layer.rank for name, layer in self.decomposed.items() if layer.rank is not None}
+        return {name: self.choices[name][1] for name in self.decomposed}
 
     @property
     def macs(self) -> int | None:
@@ -221,6 +226,8 @@ def _layer(entry: dict[str, Any]) -> LayerPlan:
     if set(entry) != {f.name for f in fields(LayerPlan)}:
         raise KeyError(f"a layer with the fields {sorted(entry)}")
     _check_types(LayerPlan, entry)
+    if (entry["scheme"] is None) != (entry["rank"] is None):
+        raise KeyError("a layer with a scheme and no rank, or a rank and no scheme")
     return LayerPlan(**{**entry, "shape": _shape(entry["shape"])})
 
 

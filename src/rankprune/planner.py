@@ -144,7 +144,7 @@ class Planner:
         """The plan with the time that the network decomposed like this takes, where its rule goes by latency."""
         if self.latency is None or self.latency.table is None:
             return plan
-        variant = {name: (entry.scheme or "", entry.rank or 1) for name, entry in plan.decomposed.items()}
+        variant = {name: plan.choices[name] for name in plan.decomposed}
         if self.latency.known.measured_ns(variant) is None:
             self.latency.correct(self.factorizer.team, variant, fit=False)
         return replace(plan, ms_measured=_in_ms(self.latency.known.measured_ns(variant)))

@@ -63,7 +63,7 @@ def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[d
     weights = {name: module.get_parameter("weight").detach() for name, module in modules.items()}
     if meta := [name for name, weight in weights.items() if weight.is_meta]:
         raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
-    schemes = {name: plan.projected[name].scheme or "" for name in modules}
+    schemes = {name: plan.choices[name][0] for name in modules}
     for part in linalg.in_parts({name: weight.numel() for name, weight in weights.items()}):
         yield {(name, schemes[name]): SCHEMES[schemes[name]].to_matrices(modules[name], weights[name]) for name in part}
 
@@ -81,7 +81,7 @@ def project(model: nn.Module, plan: Plan) -> None:
     modules = planned_modules(unwrap(model), plan.projected)
     for stacks in planned_matrices(modules, plan):
         for (name, scheme), basis in linalg.bases_by_layer(stacks).items():
-            low = linalg.project(stacks[name, scheme], basis, plan.projected[name].rank or 1)
+            low = linalg.project(stacks[name, scheme], basis, plan.choices[name][1])
             modules[name].get_parameter("weight").copy_(SCHEMES[scheme].to_weight(modules[name], low))
 
 
@@ -172,8 +172,8 @@ class _Owned:
 
 def _owned(factorizer: Factorizer, plan: Plan | None, factored: Factored) -> Iterator[_Owned]:
     for name, options in factorizer.options.items():
-        entry = None if plan is None else plan.projected.get(name)
-        option = next((o for o in options if entry and o.scheme.name == entry.scheme), options[0])
+        scheme, rank = (None, None) if plan is None else plan.choices.get(name, (None, None))
+        option = next((o for o in options if o.scheme.name == scheme), options[0])
         key = name, option.scheme.name
         if key in factored.bases:
-            yield _Owned(name, option, factored.stacks[key], factored.bases[key], entry and entry.rank)
+            yield _Owned(name, option, factored.stacks[key], factored.bases[key], rank)

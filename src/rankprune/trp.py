@@ -20,12 +20,13 @@ from rankprune.optimizer_step import (
     Outermost,
     add_to_gradients,
     after_closure,
+    eager,
     has_closure,
     is_rehearsal,
     overflowed,
     refuse_capture,
-    runs_hooks,
-    uncompiled,
+    refuse_without,
+    refuse_without_hooks,
 )
 from rankprune.plan import Plan
 from rankprune.planner import Planner
@@ -140,16 +141,7 @@ class TRP:
                 Weights that are sharded (FSDP2) cannot be timed: load the state of a TRP attached before sharding.
             MissingExtraError, ExportError: if the backend of such a budget is not installed, or cannot take the model.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise RankPruneError(
-                f"attach() takes a torch.optim.Optimizer, not a {type(optimizer).__name__}; a wrapper holds one, "
-                "often as .optimizer"
-            )
-        if not runs_hooks(optimizer):
-            raise RankPruneError(
-                f"the step() of this {type(optimizer).__name__} runs no hooks; attach to the optimizer that it wraps, often "
-                "held as .optimizer"
-            )
+        refuse_without_hooks(optimizer)
         if self.attached:
             raise RankPruneError("this TRP is already attached to an optimizer; call detach() first")
         weights = self._factorizer.weights()
@@ -158,24 +150,16 @@ class TRP:
             if shared := [name for name, weight in weights.items() if id(weight) in theirs]:
                 raise RankPruneError(
                     f"another TRP is attached to this optimizer that has {len(shared)} of these layers, too "
-                    f"({', '.join(shared[:3])}); call "
-                    "detach() on it first, or leave them out with exclude="
+                    f"({', '.join(shared[:3])}); call detach() on it first, or leave them out with exclude="
                 )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, weight in weights.items() if id(weight) not in held]
-        if missing:
-            raise RankPruneError(
-                f"the optimizer does not hold the weights of {len(missing)} of {len(self._factorizer.layers)} layers "
-                f"({', '.join(missing[:3])}); give it model.parameters() of the same model, or leave frozen layers out "
-                "with exclude="
-            )
+        refuse_without(weights, optimizer)
         team = Team(self._process_group)
         team.agree({**self._iteration.standing, "nuclear terms": (self._nuclear, self._cadence), "steps": self.steps})
         self._planner.join(team)
         self._stopwatch, self._outermost = Stopwatch(), Outermost()
         self._handles = [
-            optimizer.register_step_pre_hook(uncompiled(self._before_step)),
-            optimizer.register_step_post_hook(uncompiled(self._after_step)),
+            optimizer.register_step_pre_hook(eager(self._before_step)),
+            optimizer.register_step_post_hook(eager(self._after_step)),
         ]
         _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
         return self
@@ -216,7 +200,7 @@ class TRP:
         if not self._nuclear or not self._iteration.subgradients:
             return None
         if has_closure(args, kwargs):
-            return after_closure(args, kwargs, uncompiled(add))
+            return after_closure(args, kwargs, eager(add))
         add()
         return None
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rankprune.checkpoint import load, load_exactly, read_tensors
+from rankprune.checkpoint import load
 from rankprune.errors import RankPruneError
 from rankprune.passes import undisturbed
+from rankprune.state_dicts import load_exactly, read_tensors
 
 
 def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None = None) -> nn.Module:

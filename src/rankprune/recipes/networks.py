@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rankprune.checkpoint import load_exactly, read_tensors
 from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.recipes import imagenet_resnet
 from rankprune.recipes.resnet import DEPTHS, resnet
+from rankprune.state_dicts import load_exactly, read_tensors
 
 IMAGENET = {"resnet18": imagenet_resnet.resnet18, "resnet50": imagenet_resnet.resnet50}
 RUN, TORCHVISION, TIMM = "run:", "torchvision:", "timm:"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.checkpoint import load, read_notes, save, save_tensors
+from rankprune.checkpoint import load, save
 from rankprune.comparison import compare
 from rankprune.cost import count
 from rankprune.decompose import decompose
@@ -30,6 +30,7 @@ from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.record import in_short, provenance, top1_of_a_run
 from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
+from rankprune.state_dicts import read_notes, save_tensors
 from rankprune.trp import TRP
 
 TIMED = 64
