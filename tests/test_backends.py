@@ -19,7 +19,6 @@ from rankprune.comparison import compare
 from rankprune.inputs import on_device, tensors
 
 QUICK = ["eager", "onnxruntime", "openvino"]
-NEEDS = {"openvino": "openvino", "executorch": "executorch"}
 
 
 def network() -> tuple[nn.Module, Tensor]:
@@ -48,11 +47,10 @@ EVERY = [pytest.param(name, marks=[] if name in QUICK else LONG) for name in BAC
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_program_computes_what_the_model_does(name: str) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    pytest.importorskip(BACKENDS[name].package)
     model, x = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with BACKENDS[name].on_threads(None if name == "executorch" else 1):
+    with BACKENDS[name].on_threads(1 if BACKENDS[name].takes_threads else None):
         program = BACKENDS[name].load(model, x)
     torch.testing.assert_close(program(x), [model(x)], rtol=1e-4, atol=1e-5)
     another = torch.randn_like(x)
@@ -64,8 +62,7 @@ def test_a_program_computes_what_the_model_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_inputs_by_name_and_several_outputs(name: str) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    pytest.importorskip(BACKENDS[name].package)
     model, x = Named().eval(), {"left": torch.randn(2, 4), "right": torch.randn(2, 4)}
     torch.testing.assert_close(BACKENDS[name].load(model, x)(x), tensors(model(**x)), rtol=1e-4, atol=1e-5)
 
@@ -137,10 +134,9 @@ for threads in (1, 3):
     assert run.stdout.split() == ["0", "2"], "and the one that calls"
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "executorch"])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.takes_threads])
 def test_threads_are_what_was_asked_for_and_then_what_they_were(name: str) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    pytest.importorskip(BACKENDS[name].package)
     backend, before = BACKENDS[name], torch.get_num_threads()
     with suppress(ZeroDivisionError), backend.on_threads(before + 1):
         assert backend.threads == torch.get_num_threads() == before + 1
@@ -188,8 +184,7 @@ def test_what_runs_on_the_cpu_gets_model_and_inputs_there(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_model_on_a_gpu_computes_the_same_in_every_backend(name: str, tmp_path: Path) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    pytest.importorskip(BACKENDS[name].package)
     model, x = network()
     expected = tensors(model(x))
     backend, model, x = BACKENDS[name], model.cuda(), x.cuda()

@@ -9,6 +9,7 @@ import pytest
 import rankprune as rp
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.schedule import TrainConfig
+from rankprune.schemes import CHOICES
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_experiment_from_toml(tmp_path: Path) -> None:
         ("colour = 1", r"quick\.toml.*unknown fields \['colour'\].*known ones are name, method"),
         ("[training]\nlearning = 1", r"\['learning'\].*epochs"),
         ("[trp]\nrang = 1", r"\['rang'\].*rule"),
-        ("[trp]\nscheme = 'tucker'", "unknown scheme 'tucker'; choose one of channel, spatial, decoupled, auto"),
+        ("[trp]\nscheme = 'tucker'", f"unknown scheme 'tucker'; choose one of {', '.join(CHOICES)}"),
         ("batch = = 3", r"cannot read.*quick\.toml"),
         ('method = "other"', "method='other'"),
         ("[photographs]\nzoom = 2", r"\['zoom'\].*sources, sizes"),

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from rankprune.cost import count
 from rankprune.errors import RankPruneError
-from rankprune.schemes import SCHEMES, Scheme, schemes_for
+from rankprune.schemes import CHOICES, SCHEMES, Scheme, schemes_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
@@ -280,5 +280,5 @@ def test_a_parametrized_layer_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["channels", "linear", ""])
 def test_an_unknown_scheme_is_named(name: str) -> None:
-    with pytest.raises(RankPruneError, match=f"'{name}'.*channel, spatial, decoupled, auto"):
+    with pytest.raises(RankPruneError, match=f"'{name}'.*{', '.join(CHOICES)}"):
         schemes_for(name, nn.Conv2d(4, 4, 3))

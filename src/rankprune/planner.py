@@ -198,12 +198,13 @@ class Planner:
         ranked = replace(static, scheme=choice.scheme, rank=choice.rank, full_rank=chosen.full_rank, error=error)
         if choice.reason is not None:
             return replace(ranked, reason=choice.reason)
+        dense, pair = chosen.dense, chosen.cost(choice.rank)
         return replace(
             ranked,
-            macs_after=None if chosen.unit.macs is None else choice.rank * chosen.unit.macs,
-            params_after=static.params_before - chosen.dense.params + choice.rank * chosen.unit.params,
-            ms_before=_in_ms(chosen.dense.ns),
-            ms_after=None if chosen.pair_ns is None else _in_ms(chosen.pair_ns[choice.rank]),
+            macs_after=pair.macs,
+            params_after=static.params_before - dense.params + pair.params,
+            ms_before=_in_ms(dense.ns),
+            ms_after=_in_ms(pair.ns),
         )
 
 

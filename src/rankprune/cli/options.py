@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rankprune.errors import RankPruneError
+from rankprune.rules import RULES
 from rankprune.schemes import CHOICES
 
 ModelSpec = Annotated[str, typer.Option("--model", help="Builder of the dense model, package.module:callable.")]
@@ -13,7 +14,7 @@ Checkpoint = Annotated[Path | None, typer.Option(help="Its weights: .pt, .pth, .
 Artefact = Annotated[Path | None, typer.Option(help="Folder of a decomposed model, instead of a checkpoint.")]
 InputShape = Annotated[str, typer.Option("--input", help="Shape of one batch, like 1,3,224,224; int:1,128 for tokens.")]
 SchemeName = Annotated[str, typer.Option(help=f"{', '.join(CHOICES[:-1])} or {CHOICES[-1]}.")]
-Rule = Annotated[str, typer.Option(help="Rank rule: Budget(macs=0.4), Energy(keep=0.98), ...")]
+Rule = Annotated[str, typer.Option(help=f"Rank rule, like Budget(macs=0.4) or Energy(keep=0.98): {', '.join(RULES)}.")]
 Include = Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; repeatable.")]
 RoundTo = Annotated[int, typer.Option(help="Round ranks up to a multiple.")]

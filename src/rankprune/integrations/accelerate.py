@@ -11,7 +11,6 @@ from rankprune.trp import TRP
 
 try:
     from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
 except ImportError as error:
     raise MissingExtraError("accelerate", "accelerate") from error
 
@@ -38,12 +37,17 @@ def attach(trp: TRP, accelerator: Accelerator, optimizer: Optimizer) -> TRP:
     Raises:
         RankPruneError: whatever TRP.attach raises.
     """
-    while isinstance(optimizer, AcceleratedOptimizer):  # has no hooks of its own
-        optimizer = optimizer.optimizer
-    trp.attach(optimizer)
+    trp.attach(innermost(optimizer))
     if not any(known is trp for known in accelerator._custom_objects):  # registered twice, it would be saved twice
         accelerator.register_for_checkpointing(trp)
     return trp
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that one is wrapped around: Accelerate's have no hooks of their own."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def finalize(trp: TRP, into: nn.Module | None = None) -> nn.Module:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import MissingExtraError, RankPruneError
-from rankprune.integrations.accelerate import take_autocast_off
+from rankprune.integrations.accelerate import innermost, take_autocast_off
 from rankprune.integrations.callback import OwnsTRP
 from rankprune.trp import TRP
 
@@ -89,8 +89,7 @@ class TRPCallback(OwnsTRP, TrainerCallback):
         """Make the TRP, in the state of the checkpoint if there is one, and attach it."""
         self._check_order(args)  # add_callback comes after on_init_end
         trp = self.start(model, state.max_steps, self.example_inputs)
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's has no hooks of its own
-            optimizer = inner
+        optimizer = innermost(optimizer)
         kept: Any = state.stateful_callbacks  # the dict that is written, whatever its type says
         known = optimizer.param_groups[0].pop(self._key, None), kept.get(self._key)
         if isinstance(known[1], _Now):

@@ -74,6 +74,11 @@ class Candidate:
         """The largest rank, k."""
         return self.spectrum.full_rank
 
+    def cost(self, rank: int) -> Cost:
+        """What a pair of that rank costs, bias not counted; in nanoseconds where it was measured."""
+        macs = None if self.unit.macs is None else rank * self.unit.macs
+        return Cost(macs, rank * self.unit.params, None if self.pair_ns is None else self.pair_ns.get(rank))
+
     def costs(self, metric: Metric) -> dict[int, int]:
         """The cost at each rank that may be chosen and is cheaper than the layer as it is."""
         dense = self.dense.of(metric)

@@ -43,8 +43,8 @@ class LocalRule(RankRule):
                 return Choice(c.scheme, c.spectrum.known + 1)
             ranked.append((c, c.rounded(rank)))
         metric = self.metric or candidates[0].dense.known
-        best, rank = min(ranked, key=lambda pair: pair[1] * pair[0].unit.of(metric))
-        cost, dense = rank * best.unit.of(metric), best.dense.of(metric)
+        best, rank = min(ranked, key=lambda pair: pair[0].cost(pair[1]).of(metric))
+        cost, dense = best.cost(rank).of(metric), best.dense.of(metric)
         if cost >= dense:
             unit = "MACs" if metric == "macs" else "parameters"
             reason = f"{best.scheme} at rank {rank} of {best.full_rank} costs {cost} {unit}, dense {dense}"
