@@ -24,6 +24,7 @@ ORDER = [
     "distributed",
     "passes",
     "layers",
+    "state_dicts",
     "cost",
     "replacement",
     "backends",

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from rankprune.errors import RankPruneError
 from rankprune.recipes.experiment import Experiment, TrpConfig
+from rankprune.state_dicts import save_tensors
 
 invoke = pytest.importorskip("command_line", exc_type=ImportError).invoke
 Image = pytest.importorskip("PIL.Image")
@@ -112,9 +114,10 @@ def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     file, weights, result = tmp_path / "row.toml", tmp_path / "row" / "dense.safetensors", tmp_path / "row.json"
     file.write_text('method = "dense"\n')
     weights.parent.mkdir()
-    weights.touch()
+    config = asdict(Experiment.read(file))
+    save_tensors(weights, nn.Linear(1, 1), {"settings": json.dumps(config)})
     (weights.parent / "checkpoint.pt").touch()
-    result.write_text(json.dumps({"config": asdict(Experiment.read(file)), "top1_dense": 1.0}))
+    result.write_text(json.dumps({"config": config, "top1_dense": 1.0}))
     folders = ["--results", str(tmp_path), "--runs", str(tmp_path)]
     before = result.read_text()
     assert "was there; --again" in invoke("bench", "run", str(file), *folders)

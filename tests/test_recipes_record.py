@@ -3,9 +3,13 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.record import finished, top1_of_a_run, write
+from rankprune.state_dicts import save_tensors
 
 TINY = Experiment("tiny", dataset="tiny")
 
@@ -13,21 +17,27 @@ TINY = Experiment("tiny", dataset="tiny")
 def test_a_result_is_of_its_experiment_only(tmp_path: Path) -> None:
     path, weights = tmp_path / "tiny.json", tmp_path / "tiny" / "dense.safetensors"
     weights.parent.mkdir()
-    weights.touch()
+
+    def keep(config: dict[str, Any]) -> None:
+        write({"config": config}, path)
+        save_tensors(weights, nn.Linear(1, 1), {"settings": json.dumps(config)})
+
     assert not finished(TINY, path, tmp_path)
     path.write_text("{")
     assert not finished(TINY, path, tmp_path)
     config = json.loads(json.dumps(asdict(TINY)))
     del config["training"]["milestones"]  # of a version that had none
-    path.write_text(json.dumps({"config": config}))
+    keep(config)
     assert finished(TINY, path, tmp_path)
     assert not finished(replace(TINY, training=replace(TINY.training, milestones=(1,), epochs=2)), path, tmp_path)
     assert not finished(replace(TINY, trp=TrpConfig(every=3)), path, tmp_path)
     assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path)
-    write({"config": asdict(replace(TINY, trp=TrpConfig(ramp=0.0)))}, path)
+    keep(asdict(replace(TINY, trp=TrpConfig(ramp=0.0))))
     assert not finished(replace(TINY, trp=TrpConfig(ramp=0.0, freeze=0.0)), path, tmp_path), "from the start, and never"
     assert finished(replace(TINY, training=replace(TINY.training, checkpoint_steps=9), trp=TrpConfig(ramp=0.0)), path, tmp_path)
     write({"config": config}, path)
+    assert not finished(TINY, path, tmp_path), "the weights are of other settings"
+    keep(config)
     weights.unlink()  # as in a fresh clone
     assert not finished(TINY, path, tmp_path)
 

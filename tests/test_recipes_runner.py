@@ -266,6 +266,16 @@ def test_a_run_killed_while_it_is_judged_is_not_finished(folders: Folders, monke
     assert finished(e, path, folders.runs)
 
 
+def test_a_run_whose_weights_are_of_other_settings_is_not_finished(folders: Folders) -> None:
+    e = replace(TINY, method="dense")
+    other = replace(e, training=replace(e.training, lr=0.01))
+    path = write(run(e, folders), folders.runs / "tiny.json")
+    run(other, replace(folders, runs=folders.runs / "elsewhere"))
+    weights = "tiny/dense.safetensors"
+    (folders.runs / "elsewhere" / weights).replace(folders.runs / weights)
+    assert not finished(e, path, folders.runs)
+
+
 def test_holdout_takes_the_place_of_the_test_split(folders: Folders) -> None:
     result = run(replace(TINY, method="dense", holdout=8), folders)
     assert (result["train_images"], result["test_images"], result["test_split"]) == (40, 8, "holdout")

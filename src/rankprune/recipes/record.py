@@ -18,6 +18,7 @@ from rankprune.machine import cpu_name
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import RUN, WEIGHTS
 from rankprune.recipes.settings import in_force
+from rankprune.state_dicts import read_notes
 
 
 def provenance() -> dict[str, Any]:
@@ -61,11 +62,13 @@ def commit() -> str | None:
 
 
 def finished(experiment: Experiment, path: Path, runs: Path) -> bool:
-    """Whether the file has a result of this experiment, and `runs` the weights that others build on.
+    """Whether the file has a result of this experiment, and `runs` its weights, that others build on.
 
     Settings that are off there or here count as left out.
     """
-    return (runs / experiment.name / WEIGHTS).is_file() and _settings_in(path) == _settings(experiment)
+    settings = settings_of(experiment)
+    noted = read_notes(runs / experiment.name / WEIGHTS).get("settings")
+    return noted is not None and in_force(json.loads(noted)) == settings == _settings_in(path)
 
 
 def check_unused(experiment: Experiment, path: Path) -> None:
@@ -74,12 +77,13 @@ def check_unused(experiment: Experiment, path: Path) -> None:
     Raises:
         RankPruneError: if the file holds such a result.
     """
-    there, here = _settings_in(path), _settings(experiment)
+    there, here = _settings_in(path), settings_of(experiment)
     if there is not None and in_force(there | {"name": experiment.name}) != here:
         raise RankPruneError(f"{str(path)!r} is the result of another run, which this one would replace: take another folder")
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def settings_of(experiment: Experiment) -> dict[str, Any]:
+    """All settings that are in force, as JSON has them."""
     return in_force(json.loads(json.dumps(asdict(experiment))))
 
 

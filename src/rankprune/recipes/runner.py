@@ -27,7 +27,7 @@ from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import CHECKPOINT, WEIGHTS, build, load_weights, weights_file
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
-from rankprune.recipes.record import in_short, provenance, top1_of_a_run
+from rankprune.recipes.record import in_short, provenance, settings_of, top1_of_a_run
 from rankprune.recipes.training import train
 from rankprune.rules import parse_rule
 from rankprune.state_dicts import read_notes, save_tensors
@@ -84,7 +84,8 @@ def run(
         return None
     folder.mkdir(parents=True, exist_ok=True)
     with draft_of(folder / WEIGHTS) as weights:  # takes its place last: a run that has it has been judged
-        save_tensors(weights, model, {"dataset": e.dataset, "holdout": str(e.holdout)})
+        notes = {"dataset": e.dataset, "holdout": str(e.holdout), "settings": json.dumps(settings_of(e))}
+        save_tensors(weights, model, notes)
         result |= {"wall_s": round(sum(entry.seconds for entry in log), 1), "log": [asdict(entry) for entry in log], **found}
         if plan is None or small is None:
             result |= _compare(model, model, data, x, e)
