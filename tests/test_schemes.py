@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from by_hand import as_matrices, as_weight
 from rankprune.cost import count
 from rankprune.errors import RankPruneError
 from rankprune.schemes import CHOICES, SCHEMES, Scheme, schemes_for
@@ -116,20 +117,10 @@ def test_the_pair_takes_an_input_without_a_batch_axis(name: str) -> None:
 # -- reduced rank, against the matrices as the papers define them ---------------------------------------------------
 
 
-def truncated(matrix: Tensor, rank: int) -> Tensor:
-    left, right = svd_factors(matrix[None], rank)
-    return (left @ right)[0]
-
-
 def reference_projection(weight: Tensor, name: str, rank: int) -> Tensor:
-    """A weight (n, c, k1, k2) of one group, projected on rank `rank` of the scheme."""
-    n, c, k1, k2 = weight.shape
-    if name == "channel":
-        return truncated(weight.reshape(n, c * k1 * k2), rank).reshape(n, c, k1, k2)
-    if name == "spatial":
-        rows = weight.permute(1, 2, 0, 3).reshape(c * k1, n * k2)
-        return truncated(rows, rank).reshape(c, k1, n, k2).permute(2, 0, 1, 3)
-    return torch.stack([truncated(w.reshape(c, k1 * k2), rank).reshape(c, k1, k2) for w in weight])
+    """The weight of a Linear layer, or (n, c, k1, k2) of one group, projected on rank `rank` of the scheme."""
+    left, right = svd_factors(as_matrices(weight, name), rank)
+    return as_weight(left @ right, weight, name)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -159,7 +150,7 @@ def test_at_a_lower_rank_a_linear_pair_equals_the_layer_with_a_projected_weight(
     layer, scheme = nn.Linear(7, 5).double(), SCHEMES["linear"]
     pair = scheme.pair(layer, *svd_factors(scheme.to_matrices(layer, layer.weight), 2))
     with torch.no_grad():
-        layer.weight.copy_(truncated(layer.weight, 2))
+        layer.weight.copy_(reference_projection(layer.weight, "linear", 2))
     assert_same_output(pair, layer, torch.randn(3, 7, dtype=torch.float64))
 
 
