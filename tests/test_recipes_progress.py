@@ -59,6 +59,16 @@ def test_figures_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch,
     assert "encoder.layer.11.attention.query" not in shown, "words are folded"
 
 
+def test_long_heads_are_folded_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(console, "console", console.Console(width=80, force_terminal=True))
+    columns = [f"resnet20-ours-spatial-2.84x-distilled-seed{i}" for i in range(4)]
+    console.show_table("t", ["layer", *columns], [["layer1.0.conv1", "9/16", "8/16", "7/16", "6/16"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.count("resnet20-") == 4 for line in lines)
+    assert any(re.fullmatch(r"\W*layer1.0.conv1 +9/16 +8/16 +7/16 +6/16\W*", line) for line in lines)
+
+
 def test_all_columns_of_a_wide_table_reach_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(console, "console", console.Console(width=80, force_terminal=False))
     columns = [f"resnet20-ours-spatial-2.84x-distilled-seed{i}" for i in range(60)]

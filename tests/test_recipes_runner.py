@@ -78,7 +78,11 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
         result = results[e.name]
         saved = json.loads(write(result, tmp_path / "results").read_text())
         assert saved == json.loads(json.dumps(result))
-        extra = {"top1_dense"} if e.method == "dense" else DECOMPOSED | ({"top1_dense"} if e.reference else set())
+        extra = (
+            {"top1_dense"}
+            if e.method == "dense"
+            else DECOMPOSED | ({"top1_dense"} if e.reference or "decompose" in e.method else set())
+        )
         extra |= {"top1_before_finetuning"} if e.method == "decompose+finetune" else set()
         assert saved.keys() == ALWAYS | extra
         assert (saved["name"], saved["method"]) == (e.name, e.method)
@@ -96,7 +100,8 @@ def test_experiments_end_to_end(folders: Folders, tmp_path: Path) -> None:
     assert [len(results[name]["log"]) for name in results] == [1, 1, 1, 0, 1, 1]
     assert results["trp"]["top1"] == results["trp"]["top1_before_decomposition"]
     assert results["ours"]["top1_dense"] == results["dense"]["top1_dense"]
-    assert results["tuned"]["top1_before_decomposition"] == results["dense"]["top1_dense"]
+    for name in ("plain", "tuned"):
+        assert results[name]["top1_before_decomposition"] == results[name]["top1_dense"] == results["dense"]["top1_dense"]
     assert results["tuned"]["top1_before_finetuning"] == results["plain"]["top1"]
     for result in (results["trp"], results["plain"], results["tuned"]):
         for name, rank in result["ranks"].items():

@@ -11,10 +11,11 @@ import rankprune as rp
 from example_results import WICKED, decomposed, every_kind_of_run, result
 from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
-from rankprune.report.axes import Axis, axis_of, tick_label
+from rankprune.report.axes import Axis, axis_of, tick_label, tick_labels
 from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, with_note
+from rankprune.report.names import told_apart
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
-from rankprune.report.results import machine, read_results, told_apart
+from rankprune.report.results import machine, read_results
 from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +176,8 @@ def test_a_row_without_a_reference_has_no_drop():
     alone = result("trp", 88.0)
     del alone["top1_dense"]
     assert "| 88.00 |  | 400 |" in markdown_table(overview([alone]))
+    assert "no dense network was named" in overview([alone, result("trp", 88.0, 1)]).note
+    assert "no dense network was named" not in overview([result("trp", 88.0)]).note
 
 
 def test_rows_differ_by_what_they_had_help_from():
@@ -182,6 +185,32 @@ def test_rows_differ_by_what_they_had_help_from():
     table = markdown_table(overview([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)]))
     assert [row.split(" | ")[1] for row in table.splitlines()[2:]] == ["ours", "ours distilled"]
     assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
+
+
+def with_settings(name: str, top1: float, seed: int = 0, **training: object) -> dict:
+    settings = {"start": "a", "training": {"epochs": 10, "lr": 0.05, "seed": seed, **training}}
+    return result("ours", top1, seed, config=settings, name=name)
+
+
+def test_rows_that_look_the_same_say_what_their_settings_differ_in(tmp_path):
+    runs = [with_settings("a", 88.0), with_settings("b", 87.0, lr=0.02), with_settings("c", 89.0, 1, lr=0.02)]
+    assert [row[1:5:3] for row in overview(runs).rows] == [("ours, lr 0.05", "88.00"), ("ours, lr 0.02", "88.00 ± 1.41")]
+    assert [told_apart(runs)(run) for run in runs[:2]] == ["ours spatial, lr 0.05", "ours spatial, lr 0.02"]
+    warm = with_settings("d", 88.0, warmup_steps=9)
+    assert [row[1] for row in overview([runs[0], warm]).rows] == ["ours, warmup_steps off", "ours, warmup_steps 9"]
+    assert [row[1] for row in overview(runs[1:]).rows] == ["ours"], "seeds are no settings"
+
+
+def test_what_is_not_the_test_split_says_so():
+    assert overview([result("trp", 88.0, test_split="holdout")]).rows[0][1] == "cifar10, holdout"
+
+
+def test_photographs_of_other_sizes_are_drawn_apart(tmp_path):
+    sizes = [{"start": "a", "photographs": {"test_size": size, "test_resize": size}} for size in (112, 224)]
+    runs = [result("trp", 60.0 + i, name=str(i), config=config) for i, config in enumerate(sizes)]
+    assert [row[1] for row in overview(runs).rows] == ["cifar10, 112 x 112", "cifar10, 224 x 224"]
+    plot_accuracy(tmp_path / "a.svg", runs)
+    assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 2
 
 
 def test_trp_by_a_budget_is_told_from_trp_by_a_threshold():
@@ -323,6 +352,12 @@ def test_ticks_are_short():
     assert [tick_label(v) for v in (0, 0.5, 12, 500_000, 2.5e6, 4e9, 1e-4)] == ["0", "0.5", "12", "500k", "2.5M", "4G", "1e-4"]
 
 
+def test_ticks_are_told_apart():
+    assert tick_labels([100, 100.5, 101]) == ["100", "100.5", "101"]
+    assert tick_labels([99.98, 100, 100.02]) == ["99.98", "100", "100.02"]
+    assert tick_labels([10, 20]) == ["10", "20"]
+
+
 def report(*arguments: str) -> str:
     return CliRunner().invoke(app, ["report", *arguments], catch_exceptions=False).output
 
@@ -348,6 +383,10 @@ def test_the_command_writes_every_form(tmp_path):
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [line.split()[0] for line in text.splitlines()] == ["page", "table", "plot"]
     assert "Ranks of net" not in text
+    both = CliRunner().invoke(app, ["report", str(tmp_path), "--markdown", "--html", str(html)], catch_exceptions=False)
+    assert (both.stdout.split()[:2], both.stderr.split()[0]) == (["##", "Results"], "page")
+    with pytest.raises(rp.RankPruneError, match="--each would do nothing: of a single run"):
+        report(str(tmp_path / "trained.json"), "--each")
 
 
 def test_terminal_tables_take_texts_as_they_are(tmp_path):

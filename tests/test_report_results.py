@@ -86,6 +86,14 @@ def test_results_are_read_in_order_and_other_files_left_alone(tmp_path):
     assert [r["method"] for r in read_results([tmp_path])] == ["dense", "trp"]
 
 
+def test_results_of_trainings_are_found_in_their_folders(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result("trp", 1.0, name=name)))
+    assert [r["name"] for r in read_results([tmp_path / "runs"])] == ["mine", "other"]
+    assert [r["name"] for r in read_results([tmp_path / "runs" / "mine"])] == ["mine"]
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_no_results_or_a_broken_one_is_an_error(tmp_path, content):
     if content is not None:
@@ -107,7 +115,7 @@ def test_a_file_asked_for_must_be_a_result(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(rp.RankPruneError, match="it lacks all fields"):
         read_results([tmp_path / "a.json"])
-    with pytest.raises(rp.RankPruneError, match=r"cannot read the result .*nowhere"):
+    with pytest.raises(rp.RankPruneError, match=r"there is no .*nowhere.*name the folder of a `rankprune train`"):
         read_results([tmp_path / "nowhere.json"])
 
 

@@ -4,6 +4,7 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -87,11 +88,18 @@ def _note(step: Step, epochs: int, steps_per_s: float | None, seconds_left: floa
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, note: str = "") -> None:
-    """Print a table, all columns but the first `words` right-aligned, and a note under it; of one without rows the note."""
+    """Print a table, all columns but the first `words` right-aligned, and a note under it; of one without rows the note.
+
+    Where it is too wide for the terminal, heads and words are folded.
+    """
+    widths = [max(map(len, (column, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
+    if console.is_terminal and sum(widths) + 2 * len(columns) + 1 > console.width:
+        figures = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+        columns = ["\n".join(wrap(column, max(NARROW, figures[i]))) for i, column in enumerate(columns)]
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     least = 0
     for i, column in enumerate(columns):
-        whole = max(map(len, (column, *(row[i] for row in rows))))
+        whole = max(map(len, (*column.split("\n"), *(row[i] for row in rows))))
         if i < words:
             table.add_column(column, overflow="fold")
             least += min(whole, NARROW)
@@ -106,6 +114,6 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         say(note)
 
 
-def say(text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+def say(text: str, error: bool = False) -> None:
+    """Print a line as it is, to standard output or else standard error."""
+    (Console(stderr=True) if error else console).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

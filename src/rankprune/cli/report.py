@@ -1,5 +1,6 @@
 """rankprune report."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,15 +30,18 @@ def report(
     if not in_markdown and (html or into or plots):
         refuse(context, "each", because="no tables are printed without --markdown")
     found = read_results(results or [Path("benchmarks/results")])
+    if len(found) == 1:
+        refuse(context, "each", because="of a single run all is printed")
+    tell = partial(say, error=in_markdown)  # which has standard output for itself
     if html is not None:
         html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")
-        say(f"page   {html}")
+        tell(f"page   {html}")
     if into is not None:
         into.write_text(replace_between_marks(into.read_text(encoding="utf-8"), with_note(overview(found))), encoding="utf-8")
-        say(f"table  {into}")
+        tell(f"table  {into}")
     if plots is not None:
         for file in plot_results(plots, found):
-            say(f"plot   {file}")
+            tell(f"plot   {file}")
     if in_markdown:
         say(markdown(tables(found, each)))
     elif html is None and into is None and plots is None:

@@ -34,6 +34,9 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(help="Weights of a dense network to learn from, likewise; by default those of --start.")
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Weights of the dense network to compare with, likewise, or run:NAME beside --out.")
+    ] = None,
     distill: Annotated[float, typer.Option(help="Weight of the teacher's answers against the labels, like 0.7.")] = 0.0,
     method: Annotated[str, typer.Option(help="dense, trp, trp+nu, ours, decompose or decompose+finetune.")] = "trp",
     scheme: SchemeName = "spatial",
@@ -77,7 +80,7 @@ def train(
     elif method.startswith("decompose"):
         refuse(context, *trp_only, because=f"--method {method} trains without TRP")
     if method == "decompose":
-        refuse(context, *training, "checkpoint_steps", "seed", because="--method decompose trains nothing")
+        refuse(context, *training, "teacher", "checkpoint_steps", "seed", because="--method decompose trains nothing")
     if method == "dense" or not by_clock:
         refuse(context, "time_batch", because="nothing goes by latency")
     sources = (data,) if data is not None and data.startswith(HUB) else ()
@@ -88,6 +91,7 @@ def train(
         dataset=_dataset(data),
         start=_weights(start),
         teacher=_weights(teacher),
+        reference=_weights(reference),
         batch=batch,
         holdout=holdout,
         training=TrainConfig(

@@ -1,7 +1,7 @@
 """Axes of pictures: from values to pixels, and where the ticks go."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -47,9 +47,18 @@ def _round_step(width: float) -> float:
     return next(k * power for k in (1, 2, 5, 10) if k * power >= width * (1 - 1e-9))
 
 
-def tick_label(value: float) -> str:
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The values of ticks in few characters, each: three figures, or as many as it takes to tell them apart."""
+    return next(
+        labels
+        for figures in range(3, 17)
+        if len(set(labels := [tick_label(value, figures) for value in values])) == len(set(values)) or figures == 16
+    )
+
+
+def tick_label(value: float, figures: int = 3) -> str:
     """A tick's value in few characters."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.10g}{unit}"
-    return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.{figures}g}" if abs(value) >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")

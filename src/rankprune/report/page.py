@@ -10,23 +10,20 @@ from xml.etree.ElementTree import Element
 
 from rankprune.report import pictures, tables
 from rankprune.report.markup import element, html
+from rankprune.report.names import drawn_together, epochs_among, label, method, task, told_apart
 from rankprune.report.pictures import Point
 from rankprune.report.results import (
     Result,
     between_spectra,
     dense_networks,
-    drawn_together,
-    epochs_among,
     full_ranks,
     in_order,
     is_timed,
-    label,
     machine,
     mean_of,
-    method,
     plan_of,
     seeds_together,
-    told_apart,
+    without_seed,
 )
 from rankprune.report.tables import Table
 from rankprune.version import VERSION
@@ -39,7 +36,7 @@ COLOURS = 8
 def page(results: Sequence[Result]) -> str:
     """The page as HTML: all runs side by side, then each by itself."""
     results = in_order(results)
-    title = ", ".join(dict.fromkeys(f"{r['model']} on {r['dataset']}" for r in results))
+    title = ", ".join(dict.fromkeys(f"{r['model']} on {task(r)}" for r in results))
     about = results[0]["name"] if len(results) == 1 else f"{len(results)} runs"
     epochs = epochs_among(results)
     runs = [_run(i, r, epochs(r)) for i, r in enumerate(results, 1)]
@@ -89,18 +86,17 @@ def _side_by_side(results: Sequence[Result]) -> Element:
 
 
 def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
-    methods = dict.fromkeys(method(r) for r in results if r["method"] != "dense")
-    colours = {name: 1 + i % (COLOURS - 1) for i, name in enumerate(methods)}
+    look_of, name_of = told_apart(results, method), told_apart(results)
+    looks = dict.fromkeys(look_of(r) for r in results if r["method"] != "dense")
+    colours = {look: 1 + i % (COLOURS - 1) for i, look in enumerate(looks)}
     by_macs: list[Point] = []
     by_ms: list[Point] = []
     legend: dict[str, tuple[int, str]] = {}
-    name_of = told_apart(results)
     for group in seeds_together(results):
         r, tops = mean_of(group), [g["top1"] for g in group]
-        top, name = sum(tops) / len(tops), name_of(r)
-        dense = r["method"] == "dense"
-        colour, shape = (0, "bar") if dense else (colours[method(r)], SHAPES.get(r["scheme"], "cross"))
-        legend[name] = colour, shape
+        top, dense = sum(tops) / len(tops), r["method"] == "dense"
+        colour, shape = (0, "bar") if dense else (colours[look_of(r)], SHAPES.get(r["scheme"], "cross"))
+        legend["dense" if dense else name_of(r)] = colour, shape
         seeds = f", mean of {len(group)} seeds, {min(tops):.2f} to {max(tops):.2f}" if len(group) > 1 else ""
         said = f"{r['name']}: {top:.2f} %{seeds}"
         share = 100 * r["macs"] / r["macs_dense"]
@@ -109,7 +105,7 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
             share, clock = 100 * r["ms"] / r["ms_dense"], f"{r['ms']:.1f} of {r['ms_dense']:.1f} {tables.timed_on(r)}"
             clock += f", {where}" if (where := machine(r)) else ""
             by_ms.append(Point(share, top, min(tops), max(tops), colour, shape, f"{said}, {clock}"))
-    there = {r["name"] for r in results if r["method"] == "dense"}
+    there = {without_seed(r["name"]) for r in results if r["method"] == "dense"}
     for name, tops in dense_networks(results).items():
         top = sum(tops) / len(tops)
         mark = Point(100, top, min(tops), max(tops), 0, "bar", f"{name}: {top:.2f} %")
@@ -137,7 +133,7 @@ def _accuracy(title: str, results: Sequence[Result]) -> list[Element]:
 def _run(number: int, r: Result, epochs: str) -> Element:
     commit = f"commit {r['commit']}" if r.get("commit") else ""
     trained = f"{epochs} epochs" if epochs else "not trained"
-    facts = [r["model"], r["dataset"], label(r), trained, f"seed {r.get('seed')}", r.get("date"), commit, machine(r)]
+    facts = [r["model"], task(r), label(r), trained, f"seed {r.get('seed')}", r.get("date"), commit, machine(r)]
     parts = [
         element("h2", r["name"], id=f"run-{number}"),
         element("ul", (element("li", str(fact)) for fact in facts if fact), class_="facts"),

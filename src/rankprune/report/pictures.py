@@ -7,7 +7,7 @@ from typing import TypeVar
 from xml.etree.ElementTree import Element
 
 from rankprune.plan import LayerPlan
-from rankprune.report.axes import Axis, axis_of, tick_label
+from rankprune.report.axes import Axis, axis_of, tick_labels
 from rankprune.report.markup import element
 from rankprune.report.results import of_full
 
@@ -162,7 +162,8 @@ def _svg(width: float, height: float, said: str, parts: Sequence[Element]) -> El
 
 def _frame(x: Axis, y: Axis, bottom: float, x_title: str, y_title: str) -> list[Element]:
     parts = [element("line", x1=x.start, x2=x.end, y1=y(t), y2=y(t), class_="grid") for t in y.ticks()]
-    parts += [element("text", tick_label(t), x=x.start - 5, y=y(t) + 4, class_="end") for t in y.ticks()]
+    labels = zip(y.ticks(), tick_labels(y.ticks()), strict=True)
+    parts += [element("text", label, x=x.start - 5, y=y(t) + 4, class_="end") for t, label in labels]
     parts += _grid(x, y.end, bottom)
     parts.append(element("text", x_title, x=(x.start + x.end) / 2, y=bottom + 31, class_="middle title"))
     middle = (y.start + y.end) / 2
@@ -173,7 +174,8 @@ def _frame(x: Axis, y: Axis, bottom: float, x_title: str, y_title: str) -> list[
 def _grid(x: Axis, top: float, bottom: float) -> list[Element]:
     ticks = x.ticks()
     parts = [element("line", x1=x(t), x2=x(t), y1=top, y2=bottom, class_="grid") for t in ticks]
-    return parts + [element("text", tick_label(t), x=x(t), y=bottom + 14, class_="middle") for t in ticks]
+    labels = zip(ticks, tick_labels(ticks), strict=True)
+    return parts + [element("text", label, x=x(t), y=bottom + 14, class_="middle") for t, label in labels]
 
 
 def _beside(texts: Iterable[str]) -> float:

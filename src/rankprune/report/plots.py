@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
-from rankprune.report.results import Result, drawn_together, mean_of, seeds_together, told_apart
+from rankprune.report.names import drawn_together, told_apart
+from rankprune.report.results import Result, mean_of, seeds_together
 from rankprune.report.tables import rank_history
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PANELS = 2
 """How many stand beside each other, to be read on a page."""
+LISTED = 20
+"""So many layers have names in a picture; of more only the first and the last."""
 DEPTH = 12
 """So many points of accuracy below its best a panel shows."""
 
@@ -40,19 +43,31 @@ def plot_training(path: str | Path, before: Spectra, after: Spectra, history: Hi
     """
     figure = _figure((12, 4.2) if history else (8.5, 4.2))
     axes = figure.subplots(1, 3 if history else 2)
+    colours = _by_depth([*dict.fromkeys((*before, *after))])
     for ax, spectra, title in zip(axes, (before, after), ("before", "after"), strict=False):
         for name, values in spectra.items():
             shares = [i / len(values) for i in range(1, len(values) + 1)]
-            ax.semilogy(shares, [max(v, 1e-9) for v in values], label=name, linewidth=1.2)
+            ax.semilogy(shares, [max(v, 1e-9) for v in values], label=name, color=colours[name], linewidth=1.2)
         ax.set(title=title, xlabel="index / full rank", ylabel="singular value / largest", ylim=(1e-5, 1.5))
     if history:
         for name, values in after.items():
             chosen = [(when, ranks[name] / len(values)) for when, ranks in history if name in ranks]
-            axes[2].plot(*zip(*chosen, strict=True) if chosen else ((), ()), label=name, linewidth=1.2)
+            axes[2].plot(*zip(*chosen, strict=True) if chosen else ((), ()), label=name, color=colours[name], linewidth=1.2)
         axes[2].set(title="ranks chosen in training", xlabel=time, ylabel="rank / full rank", ylim=(0, None))
-    if len(after) <= 20:
+    if len(after) <= LISTED:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small", frameon=False)
+    else:
+        names = list(after)
+        figure.supxlabel(f"{len(names)} layers, from {names[0]} (dark) to {names[-1]} (light)", fontsize="small")
     _save(figure, axes, path)
+
+
+def _by_depth(names: Sequence[str]) -> dict[str, Any]:
+    """A colour for each layer, dark for the first and light for the last."""
+    import matplotlib as mpl
+
+    shades = mpl.colormaps["viridis"]
+    return {name: shades(0.95 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
 
 
 def plot_accuracy(path: str | Path, results: Sequence[Result]) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from rankprune.recipes.settings import in_force
 from rankprune.rules import Budget, parse_rule
 
 Result = dict[str, Any]
+_WRITERS = "name the folder of a `rankprune train` (its --out), or that of the results of `rankprune bench run`"
 _ALWAYS = {"name", "model", "dataset", "method", "scheme", "test_split", "config", "macs_dense", "params_dense"}
 _JUDGED = {"top1_before_decomposition", "top1", "macs", "params"}
-_IMAGES = "dataset", "source", "test_split", "train_images", "test_images", "test_digest"
+IMAGES = "dataset", "source", "test_split", "train_images", "test_images", "test_digest"
 _COSTS = "macs_dense", "macs", "params_dense", "params"
 _TIMES = "ms_dense", "ms"
 _TIMED_ON = "cpu", "gpu", "threads", "ms_threads", "ms_device", "ms_backend", "ms_batch"
@@ -25,7 +26,8 @@ _TIMED_ON = "cpu", "gpu", "threads", "ms_threads", "ms_device", "ms_backend", "m
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
     """The results of experiments in folders and single files, in the order of the paths, those of a folder by file name.
 
-    Files in a folder that hold something else, such as other benchmarks, are left alone.
+    Of the folders in a folder result.json counts, too, as trainings leave it. Files in a folder that hold something else,
+    such as other benchmarks, are left alone.
 
     Raises:
         RankPruneError: if there is none, a file is not JSON, one asked for by name is no result, or a result lacks a field.
@@ -33,7 +35,9 @@ def read_results(paths: Iterable[str | Path]) -> list[Result]:
     paths = [Path(path) for path in paths]
     results: dict[Path, Result] = {}
     for path in paths:
-        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        if not path.exists():
+            raise RankPruneError(f"there is no {str(path)!r}; {_WRITERS}")
+        for file in [*sorted(path.glob("*.json")), *sorted(path.glob("*/result.json"))] if path.is_dir() else [path]:
             data = _read(file)
             if file != path and not (isinstance(data, dict) and data.keys() >= _ALWAYS):
                 continue
@@ -43,7 +47,7 @@ def read_results(paths: Iterable[str | Path]) -> list[Result]:
             results[file.resolve()] = data
     if not results:
         named = ", ".join(repr(str(path)) for path in paths)
-        raise RankPruneError(f"no results of experiments in {named}; write some with `rankprune bench run`")
+        raise RankPruneError(f"no results of experiments in {named}; {_WRITERS}")
     return list(results.values())
 
 
@@ -79,13 +83,13 @@ def in_order(results: Sequence[Result]) -> list[Result]:
 
 def _asked(r: Result) -> float:
     """The MACs that a budget allowed; without one, those that are left."""
-    budget = _budget(r)
+    budget = budget_of(r)
     if budget is None or budget.macs is None or r["method"] == "dense":
         return r["macs"]
     return budget.macs * r["macs_dense"]
 
 
-def _budget(r: Result) -> Budget | None:
+def budget_of(r: Result) -> Budget | None:
     """The rule that its ranks were to be chosen by, where that is a budget."""
     try:
         rule = parse_rule(r["config"]["trp"]["rule"])
@@ -101,8 +105,7 @@ def seeds_together(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for r in results:
-        config = {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
-        key = json.dumps([r["model"], *(r.get(field) for field in _IMAGES), r["method"], r["scheme"], config])
+        key = json.dumps([r["model"], *(r.get(field) for field in IMAGES), r["method"], r["scheme"], settings_of(r)])
         again = 0  # the same seed twice is two experiments, whatever they differ in
         while any(other.get("seed") == r.get("seed") for other in groups.get((key, again), ())):
             again += 1
@@ -123,63 +126,30 @@ def mean_of(group: Sequence[Result]) -> Result:
         timed = max(alike.values(), key=len)
         means |= {field: timed[0][field] for field in _TIMED_ON if field in timed[0]}
         means |= {time: statistics.mean(r[time] for r in timed) for time in _TIMES}
-    return {**group[0], **means}
+    rest = {key: value for key, value in group[0].items() if key not in (_TIMED_ON if alike else ())}
+    return {**rest, **means}
+
+
+def settings_of(r: Result) -> dict[str, Any]:
+    """What it was made with: all settings that are in force, without seeds, its name, and what it is compared with."""
+    return {k: _chosen(v) for k, v in in_force(r["config"]).items() if k not in ("name", "reference")}
 
 
 def _chosen(value: Any) -> Any:
     """A table of settings without the seed; where weights come from without the seed of that run."""
     if isinstance(value, str):
-        return _without_seed(value)
+        return without_seed(value)
     return {k: v for k, v in value.items() if k != "seed"} if isinstance(value, dict) else value
 
 
-def _without_seed(name: str) -> str:
-    return re.sub(r"-seed\d+$", "", name)
-
-
-def label(r: Result) -> str:
-    """What to call the method of a result: its name, its scheme, and what it does otherwise than others of that name."""
-    words = [r["method"], r["scheme"] or ""]
-    words += ["by budget"] if r["method"].startswith("trp") and _budget(r) else []
-    words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
-    words += ["from scratch"] if from_scratch(r) else []
-    return " ".join(word for word in words if word)
-
-
-def told_apart(results: Sequence[Result]) -> Callable[[Result], str]:
-    """What to call each of these beside the others: its label, with its epochs where that label was trained for others too."""
-    epochs, each = epochs_among(results), defaultdict(set)
-    for r in results:
-        each[label(r)].add(epochs(r))
-    return lambda r: label(r) + (f", {epochs(r) or 0} epochs" if len(each[label(r)]) > 1 else "")
-
-
-def epochs_among(results: Sequence[Result]) -> Callable[[Result], str]:
-    """How long each was trained: its epochs, after those of the runs among these that it goes on from, like 6 + 14."""
-    by_source = {f"run:{r['name']}": r for r in results}
-
-    def told(r: Result) -> str:
-        trainings = [r]
-        while (before := by_source.get(trainings[0]["config"].get("start"))) not in (None, *trainings):
-            trainings.insert(0, before)
-        return " + ".join(str(t["epochs"]) for t in trainings if t.get("epochs"))
-
-    return told
-
-
-def method(r: Result) -> str:
-    """The same without the scheme."""
-    return label({**r, "scheme": None})
+def without_seed(name: str) -> str:
+    """The name of a run, or a path with such names in it, without the seeds that they end in."""
+    return re.sub(r"-seed\d+(?=/|$)", "", name)
 
 
 def from_scratch(r: Result) -> bool:
     """Whether the training began without pretrained weights."""
     return r["config"].get("start") is None
-
-
-def task(r: Result) -> str:
-    """The images that accuracies are on; those on others cannot be compared with them."""
-    return r["dataset"] if r["test_split"] == "test" else f"{r['dataset']}, {r['test_split']}"
 
 
 def is_timed(r: Result) -> bool:
@@ -199,22 +169,13 @@ def machine(r: Result) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def drawn_together(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    """The results by title: those of the same network on the same images, from scratch or not."""
-    groups: dict[tuple[str, Any], list[Result]] = defaultdict(list)
-    for r in results:
-        title = f"{r['model']} on {task(r)}" + (", from scratch" if from_scratch(r) else "")
-        groups[title, r.get("test_digest")].append(r)  # other images may have the same name
-    return [(title, together) for (title, _), together in groups.items()]
-
-
 def dense_networks(results: Sequence[Result]) -> dict[str, list[float]]:
     """The top-1 accuracies of the dense networks that results compare with, one for each seed, by name."""
     found: dict[str, dict[Any, float]] = defaultdict(dict)
     for r in results:
         if "top1_dense" in r:
             name = r["name"] if r["method"] == "dense" else (r["config"].get("reference") or "dense").removeprefix("run:")
-            found[_without_seed(name)][r.get("seed")] = r["top1_dense"]
+            found[without_seed(name)][r.get("seed")] = r["top1_dense"]
     return {name: list(tops.values()) for name, tops in found.items()}
 
 

@@ -5,23 +5,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Any
 
 from rankprune.plan import Plan
+from rankprune.report.names import epochs_among, flat, method, settings_apart, task
 from rankprune.report.results import (
     Result,
     between_spectra,
-    epochs_among,
     full_ranks,
     in_order,
     is_timed,
     machine,
     mean_of,
-    method,
     of_full,
     plan_of,
     seeds_together,
-    task,
 )
 
 OLDER = "Not in this result, which another version of rankprune wrote."
@@ -66,27 +63,30 @@ def overview(results: Sequence[Result]) -> Table:
     """
     columns = ("method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer", "ms, batch 64", "faster")
     groups = seeds_together(in_order(results))
-    epochs = epochs_among(results)
+    epochs, settings = epochs_among(results), settings_apart(results)
     machines = dict.fromkeys(filter(None, (machine(r) for r in map(mean_of, groups) if is_timed(r))))
     letters = dict(zip(machines, ascii_uppercase, strict=False)) if len(machines) > 1 else {}
-    rows = [_row(group, epochs(group[0]), letters) for group in groups]
+    names = [", ".join(filter(None, (method(group[0]), settings(group[0])))) for group in groups]
+    rows = [_row(group, name, epochs(group[0]), letters) for name, group in zip(names, groups, strict=True)]
     first: tuple[str, ...] = ("network",)
-    names = [(group[0]["model"],) for group in groups]
-    if len({task(r) for r in results}) > 1:
-        first, names = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
+    networks = [(group[0]["model"],) for group in groups]
+    if len({task(r) for r in results}) > 1 or any(r["test_split"] != "test" for r in results):
+        first, networks = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
     note = "Drop: the dense network of the same seed minus the decomposed one."
+    unknown = any("top1_dense" not in r for r in results if r["method"] != "dense")
+    note += " Where it is blank, no dense network was named to compare with." if unknown else ""
     tuned = any("top1_before_finetuning" in r for r in results)
     note += " From: before fine-tuning." if tuned else ""
     note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
     note += f" ms: {'; '.join(f'{letter} on {name}' for name, letter in letters.items())}." if letters else ""
-    rows = [(*name, *row) for name, row in zip(names, rows, strict=True)]
+    rows = [(*network, *row) for network, row in zip(networks, rows, strict=True)]
     return Table("Results", (*first, *columns), rows, words=len(first) + 2, note=note)
 
 
-def _row(group: list[Result], epochs: str, letters: Mapping[str, str]) -> tuple[str, ...]:
+def _row(group: list[Result], name: str, epochs: str, letters: Mapping[str, str]) -> tuple[str, ...]:
     r = mean_of(group)
     ms = _milliseconds(r, letters) if is_timed(r) else ""
-    cells = [method(r), r["scheme"] or "", epochs]
+    cells = [name, r["scheme"] or "", epochs]
     if r["method"] == "dense":
         costs = (f"{r['macs']:,}", "", f"{r['params']:,}", "", ms, "")
         return (*cells, _spread([g["top1"] for g in group]), "", *costs)
@@ -275,14 +275,4 @@ def config(r: Result) -> Table:
         seconds = sum(entry["seconds"] for entry in timed)
         waited = sum(entry["input_share"] * entry["seconds"] for entry in timed)
         made["waited for input"] = f"{waited / seconds if seconds else 0:.1%} of the time"
-    return Table("Config", ("setting", "value"), _flat(r["config"]) + _flat(made), words=2)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", "" if value is None else str(value)))
-    return rows
+    return Table("Config", ("setting", "value"), flat(r["config"]) + flat(made), words=2)
