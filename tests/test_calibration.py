@@ -181,6 +181,19 @@ def test_the_model_is_left_as_it_was_and_no_inputs_are_an_error():
         rp.decompose(model, plan, calibration=[])
 
 
+def test_a_model_that_changes_its_inputs_changes_none_of_the_users():
+    class Normalising(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(3).div_(2))
+
+    torch.manual_seed(0)
+    model, images = Normalising(nn.Linear(8, 8), nn.Linear(8, 4)), correlated(32, 8)
+    before = images.clone()
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), calibration=[images[:16], images[16:]])
+    rp.decompose(model, plan, calibration=[images])
+    assert torch.equal(images, before)
+
+
 def test_every_sample_counts_the_same_however_they_are_batched():
     model, x = nn.Sequential(nn.Linear(16, 12)), correlated(65, 16)
     x[-1] *= 20

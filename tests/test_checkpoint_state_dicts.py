@@ -44,6 +44,19 @@ def test_the_state_of_an_average_of_weights(tmp_path: Path) -> None:
     assert torch.equal(found["weight"], model.weight)
 
 
+def test_a_prefix_that_the_model_has_too_is_a_name(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 2)
+
+    model, other = Wrapper(), Wrapper()
+    torch.save(other.state_dict(), tmp_path / "c.pt")
+    load_exactly(model, read_tensors(tmp_path / "c.pt", model), "c.pt")
+    assert torch.equal(model.module.weight, other.module.weight)
+    assert read_tensors(tmp_path / "c.pt", nn.Linear(3, 2)).keys() == {"weight", "bias"}
+
+
 def test_a_prefix_on_some_names_only_is_a_name(tmp_path: Path) -> None:
     torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "c.pt")
     assert read_tensors(tmp_path / "c.pt").keys() == {"module.a", "b"}

@@ -99,6 +99,13 @@ def test_transformer_encoder_has_no_fast_path(wrapped: bool) -> None:
     assert_adds_up(counted)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm((3, 4, 4)), nn.RMSNorm((3, 4, 4))])
+def test_a_norm_over_several_axes_multiplies_no_matrices(norm: nn.Module) -> None:
+    model = nn.Sequential(norm, nn.Conv2d(3, 4, 1))
+    assert rp.count(model, torch.randn(2, 3, 4, 4)).uncounted == ()
+    assert "0" not in rp.make_plan(model, rule=rp.FixedRank(1), include=["*"]).skipped
+
+
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
 def test_recurrent_layers_are_named_as_uncounted(kind: type, gates: int) -> None:
     class Net(nn.Module):

@@ -62,6 +62,30 @@ def test_a_batch_that_cannot_be_left_open_is_told(model: nn.Module, tmp_path):
     assert rp.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False) < 1e-5
 
 
+class OfOne(nn.Module):
+    """Computes something else for a single example, which torch.export takes no notice of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1) if x.shape[0] > 1 else x.amax(1)
+
+
+class OfSeveral(nn.Module):
+    """Takes no single example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] < 2:
+            raise ValueError("too few")
+        return x.mean(1)
+
+
+def test_a_batch_of_one_is_compared_too_where_the_model_takes_it(tmp_path):
+    x = torch.randn(4, 3, 5)
+    with pytest.raises(rp.ExportError, match="differs from the model"):
+        rp.export_onnx(OfOne(), x, tmp_path / "m.onnx")
+    assert rp.export_onnx(OfOne(), x, tmp_path / "m.onnx", dynamic_batch=False) < 1e-5
+    assert rp.export_onnx(OfSeveral(), x, tmp_path / "m.onnx") < 1e-5
+
+
 class OfData(nn.Module):
     """Has sizes that the values in a tensor decide, which are no batch."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rankprune as rp
 from rankprune.backends import BACKENDS, backend_named
 from rankprune.backends.onnxruntime import OnnxRuntime, quantize_onnx
+from rankprune.comparison import compare
 from rankprune.export import _difference
 from rankprune.inputs import each_leaf, leaves, tensors
 
@@ -113,6 +114,7 @@ def test_inputs_stay_as_they_are_under_a_model_that_changes_them(tmp_path: Path)
     rp.measure(model, x, runs=1)
     rp.count(model, x)
     rp.make_plan(model, x, rule=rp.FixedRank(1))
+    compare({"": model}, x, ["eager"], rounds=2)
     assert torch.equal(x, before)
 
 

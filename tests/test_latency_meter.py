@@ -62,6 +62,34 @@ def test_what_was_measured_is_not_measured_again(cache_by_own_clock: Path, monke
         measured(model, x[:1], budget(0.7))
 
 
+def test_inputs_stay_as_they_are_under_a_model_that_changes_them() -> None:
+    class Normalising(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.sub_(3).div_(2))
+
+    model, x = network()
+    before = x.clone()
+    measured(Normalising(model), x, budget(0.7))
+    assert torch.equal(x, before)
+
+
+def test_what_was_measured_is_measured_again_once_its_file_is_gone(
+    cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network()
+    measured(model, x, budget(0.7))
+    (file,) = cache_by_own_clock.iterdir()
+    file.unlink()
+    timings = own_clock.count_timings(monkeypatch)
+    measured(model, x, budget(0.7))
+    assert timings
+    assert file.is_file()
+
+
 def test_a_cache_of_somebody_else_is_left_alone(cache_by_own_clock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
     first = measured(model, x, budget(0.7))

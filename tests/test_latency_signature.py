@@ -84,6 +84,18 @@ def test_attributes_and_inputs_that_decide_on_a_time() -> None:
     assert described(net, x) != described(net.double(), x.double())
 
 
+def test_inputs_of_other_names_or_places_are_told_apart() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            y = super().forward(x)
+            y = y if mask is None else y * mask
+            return y if bias is None else y + bias
+
+    model, x = Masked(4, 4), torch.randn(2, 4)
+    inputs = [{"x": x, "mask": x}, {"x": x, "bias": x}, (x, x, None), (x, None, x)]
+    assert len({described(model, each) for each in inputs}) == 4
+
+
 def test_convolutions_that_are_narrowed_by_themselves() -> None:
     conv = getattr(torch.backends.mkldnn, "conv", None)
     if not hasattr(conv, "fp32_precision"):

@@ -40,6 +40,13 @@ def test_it_is_held_to_what_it_could_choose(rule: Own) -> None:
         rp.make_plan(network(), rule=rule, include=["*"])
 
 
+def test_a_pair_that_is_not_cheaper_is_never_made() -> None:
+    plan = rp.make_plan(network(), rule=Own("linear", 16), include=["*"])
+    assert plan.ranks == {}
+    assert plan.skipped["0"] == "linear at rank 16 of 16, as Own(scheme='linear', rank=16, layer='0') chose, is not cheaper"
+    assert plan.params == plan.params_dense
+
+
 def test_it_may_count_as_numpy_does() -> None:
     plan = rp.make_plan(network(), rule=Own("linear", np.int64(3)), include=["*"])
     assert plan.ranks == {"0": 3}

@@ -234,7 +234,7 @@ def test_a_rule_of_ones_own_is_the_same_one_after_resuming() -> None:
     states = [rp.TRP(network(), rule=rule, every=3).state_dict() for rule in (Half(), rp.Energy(0.5))]
     trp = rp.TRP(network(), rule=Half(), every=3)
     trp.load_state_dict(states[0])
-    with pytest.warns(UserWarning, match=r"a training with Energy\(keep=0.5\), .* chosen by .*Half, "):
+    with pytest.warns(UserWarning, match=r"a training with Energy\(keep=0.5\), .* chosen by .*Half object>, "):
         trp.load_state_dict(states[1])
 
 
@@ -245,8 +245,31 @@ def test_ranks_that_stay_are_in_a_state_once() -> None:
     train(model, optimizer, range(4))
     trp.detach()
     state = trp.state_dict()
-    assert [(step, ranks is None) for step, ranks in state["history"]] == [(1, False), (2, True), (3, True), (4, True)]
+    assert state["history"] == [(1, trp.plan.ranks), (2, {}), (3, {}), (4, {})]
     other = rp.TRP(model, rule=rp.FixedRank(3), every=1)
     other.load_state_dict(through_a_file(state))
     assert other.history == trp.history
     assert other.history[0][1] is other.history[3][1]
+
+
+def test_of_ranks_that_move_a_state_has_the_changes() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.9), every=1).attach(optimizer)
+    train(model, optimizer, range(3))
+    trp._iteration.history += [(4, {"2": 3}), (5, {"2": 3, "6": 1}), (6, {})]
+    changes = trp.state_dict()["history"]
+    assert changes[-2:] == [(5, {"6": 1}), (6, {"2": None, "6": None})]
+    other = rp.TRP(model, rule=rp.Energy(0.9), every=1)
+    other.load_state_dict(through_a_file(trp.state_dict()))
+    assert other.history == trp.history
+
+
+def test_a_rule_that_tells_an_address_is_the_same_one_after_resuming(recwarn: pytest.WarningsRecorder) -> None:
+    class Told(rp.FixedRank):
+        def __repr__(self) -> str:
+            return f"Told({object()})"
+
+    state = rp.TRP(network(), rule=Told(3), every=3).state_dict()
+    rp.TRP(network(), rule=Told(3), every=3).load_state_dict(state)
+    assert not recwarn.list

@@ -75,6 +75,31 @@ def test_a_step_that_calls_its_base_classs_is_one_step(step: Callable) -> None:
     assert (trp.steps, trp.history) == (8, other.history)
 
 
+def test_an_optimizer_may_tell_its_closure_something() -> None:
+    class Telling(torch.optim.SGD):
+        def step(self, closure: Callable) -> Tensor:  # type: ignore[override]
+            with torch.enable_grad():
+                loss = closure(backward=True)
+            super().step()
+            return loss
+
+    model = network()
+    optimizer = Telling(model.parameters(), lr=0.05)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=2, nuclear=1e-2).attach(optimizer)
+
+    ((x, y),) = batches(1)
+
+    def closure(backward: bool) -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        if backward:
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert trp.steps == 1
+
+
 def test_steps_count_on_after_one_that_failed() -> None:
     model = network()
     optimizer = Derived(model.parameters(), lr=0.05)

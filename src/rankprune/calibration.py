@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs, call, check_batches
+from rankprune.inputs import Inputs, call, check_batches, cloned
 from rankprune.linalg import bases, in_parts
 from rankprune.passes import uncompiled
 from rankprune.schemes import Scheme
@@ -117,7 +117,7 @@ def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> W
         for key, (module, scheme) in layers.items():
             stack.callback(module.register_forward_pre_hook(gather(key, scheme), with_kwargs=True).remove)
         for x in inputs:
-            call(model, x)
+            call(model, cloned(x))
             empty = False
     if empty:
         raise RankPruneError("calibration= holds no inputs; give a list of batches (an iterator is empty after its first use)")

@@ -9,7 +9,7 @@ from torch import nn
 
 from rankprune.backends import BACKENDS, backend_named
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs
+from rankprune.inputs import Inputs, cloned
 from rankprune.latency import Subject, measure_layer, ranks_to_try
 from rankprune.layers import named_modules, unwrap
 from rankprune.passes import undisturbed
@@ -53,6 +53,7 @@ def compare(
     """
     if rounds < 2:
         raise RankPruneError(f"rounds={rounds}: give at least 2, for a spread")
+    x = cloned(x)
     timings: list[BackendTiming] = []
     failed: dict[str, str] = {}
     with ExitStack() as stack:

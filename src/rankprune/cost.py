@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, call, cloned
-from rankprune.layers import is_decomposable, is_matrix, is_packed, named_modules, unwrap
+from rankprune.layers import NORMS, is_decomposable, is_matrix, is_packed, named_modules, unwrap
 from rankprune.passes import uncompiled
 
 _OF_A_PAIR = frozenset(dir(nn.Sequential()))
@@ -164,8 +164,8 @@ def parameter_count(module: nn.Module, recurse: bool = True) -> int:
 
 
 def _should_count(module: nn.Module) -> bool:
-    """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix that is not a lookup table."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    """Whether a leaf that ran and showed no MACs probably did some: it holds a matrix, and that only to multiply by."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *NORMS)):
         return False
     return any(is_matrix(p) for p in module.parameters()) or is_packed(module)
 

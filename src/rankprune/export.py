@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rankprune.backends.base import refused
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.files import check_folder
-from rankprune.inputs import Inputs, call, cloned, tensors, with_one_more
+from rankprune.inputs import Inputs, call, cloned, first_alone, tensors, with_one_more
 from rankprune.layers import unwrap
 from rankprune.passes import uncompiled, undisturbed
 
@@ -31,8 +31,8 @@ def export(
 
     Args:
         x: example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        dynamic_batch: leave the first axis of every input tensor open, and compare at one example more, too. None does so
-            where the runtime can.
+        dynamic_batch: leave the first axis of every input tensor open, and compare at one example more, too, and at one
+            alone, if the model can take that. None does so where the runtime can.
         tolerance: largest difference allowed between the two, relative to the largest output.
 
     Returns:
@@ -72,11 +72,10 @@ def _export(
             backend.write(model, cloned(x), draft, open_batch)
             program = backend.read(draft, x)
             differences = _differences(expected, program(cloned(x)))
-            if open_batch:
-                larger = with_one_more(x)
+            for other in _other_batches(model, x) if open_batch else ():
                 with uncompiled(model):
-                    expected = tensors(call(model, cloned(larger)))
-                differences += _differences(expected, program(larger))
+                    expected = tensors(call(model, cloned(other)))
+                differences += _differences(expected, program(other))
         except ExportError:
             raise
         except Exception as error:
@@ -96,6 +95,18 @@ def _export(
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
     return max(differences)
+
+
+def _other_batches(model: nn.Module, x: Inputs) -> Iterator[Inputs]:
+    """Inputs that are larger by one example, and the first example alone, at which a model may take another way."""
+    yield with_one_more(x)
+    first = first_alone(x)
+    try:
+        with uncompiled(model):
+            call(model, cloned(first))
+    except Exception:  # a model need not take a single one
+        return
+    yield first
 
 
 def _differences(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:

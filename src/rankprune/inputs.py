@@ -32,17 +32,22 @@ def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def leaves(values: Any) -> Iterator[Any]:
     """All in a model's inputs or output that holds nothing itself, in order."""
+    return (leaf for _, leaf in placed_leaves(values))
+
+
+def placed_leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """leaves(), each after the names and positions that lead to it."""
     if isinstance(values, Mapping):
-        parts = list(values.values())
+        parts = list(values.items())
     elif is_dataclass(values) and not isinstance(values, type):
-        parts = [getattr(values, field.name) for field in fields(values)]
+        parts = [(field.name, getattr(values, field.name)) for field in fields(values)]
     elif isinstance(values, tuple | list):
-        parts = list(values)
+        parts = list(enumerate(values))
     else:
-        yield values
+        yield place, values
         return
-    for part in parts:
-        yield from leaves(part)
+    for name, part in parts:
+        yield from placed_leaves(part, (*place, name))
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -87,6 +92,11 @@ def cloned(x: Any) -> Any:
 def with_one_more(x: Any) -> Any:
     """Inputs of a batch that is larger by one."""
     return each_leaf(lambda a: larger_by_one(a) if isinstance(a, Tensor) and a.dim() else a, x)
+
+
+def first_alone(x: Any) -> Any:
+    """Inputs of the first example of a batch."""
+    return each_leaf(lambda a: a[:1] if isinstance(a, Tensor) and a.dim() else a, x)
 
 
 def larger_by_one(batch: Tensor) -> Tensor:

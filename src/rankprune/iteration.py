@@ -1,8 +1,9 @@
 """What TRP does at a projection, and what it remembers from one to the next."""
 
+import re
 import warnings
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -106,6 +107,7 @@ class LowRankIteration:
             planner.join(factorizer.team)  # not attached
         if self.plan is not None and self._keeps_ranks(steps):
             factored = factorizer.factor(self._starts, self._used(self._regularised(steps) if self.nuclear else ()))
+            self.plan = _with_errors(self.plan, factored)
         else:
             factored = factorizer.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
@@ -161,9 +163,7 @@ class LowRankIteration:
             "projected_at": self.projected_at,
             "annealed": self._annealed,
             "plan": None if self.plan is None else self.plan.to_json(),
-            "history": [
-                (step, None if i and ranks == self.history[i - 1][1] else ranks) for i, (step, ranks) in enumerate(self.history)
-            ],
+            "history": _as_changes(self.history),
             "latency": None if table is None else asdict(table),
             "subgradients": {name: team.whole(term).clone() for name, term in terms.items()} if whole else {},
             "starts": self._starts if team.size == 1 else None,
@@ -187,9 +187,7 @@ class LowRankIteration:
         if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
             self._planner.latency.load(state["latency"])
         self.plan, self.projected_at, self._annealed = plan, state["projected_at"], state["annealed"]
-        self.history = []
-        for step, ranks in state["history"]:  # None: as before
-            self.history.append((step, self.history[-1][1] if ranks is None else ranks))
+        self.history = _from_changes(state["history"])
         weights = self._factorizer.weights()
         terms = {
             name: sharded_like(term.to(weights[name].device, copy=True), weights[name])
@@ -208,14 +206,39 @@ class LowRankIteration:
 
     @property
     def _ranks_by(self) -> str:
-        rule, kind = self._planner.rule, type(self._planner.rule)
-        nameless = kind.__repr__ is object.__repr__  # which tells an address
-        said = f"{kind.__module__}.{kind.__qualname__}" if nameless else repr(rule)
+        said = re.sub(r" at 0x[0-9a-f]+", "", repr(self._planner.rule))  # an address says nothing elsewhere
         return f"{said}, round_to={self._planner.round_to}"
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(layer.module.get_parameter("weight").shape) for name, layer in self._factorizer.layers.items()}
 
 
+def _with_errors(plan: Plan, factored: Factored) -> Plan:
+    """The plan with what its ranks lose of these weights."""
+    lost = {name: float(factored.spectra[name, s].errors()[rank]) for name, (s, rank) in plan.choices.items()}
+    return replace(plan, layers=tuple(replace(e, error=lost.get(e.name, e.error)) for e in plan.layers))
+
+
 def _planned(plan: Plan) -> list[Key]:
     return [(name, scheme) for name, (scheme, _) in plan.choices.items()]
+
+
+def _as_changes(history: Sequence[tuple[int, dict[str, int]]]) -> list[tuple[int, dict[str, int | None]]]:
+    """Of each entry the ranks that are not those of the one before, None for a layer that has none any more."""
+    changes, before = [], {}
+    for step, ranks in history:
+        gone = dict.fromkeys(before.keys() - ranks.keys())
+        changes.append((step, {name: rank for name, rank in ranks.items() if before.get(name) != rank} | gone))
+        before = ranks
+    return changes
+
+
+def _from_changes(changes: Sequence[tuple[int, dict[str, int | None]]]) -> list[tuple[int, dict[str, int]]]:
+    """The inverse of _as_changes; entries with the same ranks share them."""
+    history: list[tuple[int, dict[str, int]]] = []
+    ranks: dict[str, int] = {}
+    for step, changed in changes:
+        if changed:
+            ranks = {name: rank for name, rank in (ranks | changed).items() if rank is not None}
+        history.append((step, ranks))
+    return history

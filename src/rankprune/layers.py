@@ -126,6 +126,10 @@ def select(
     return Selection(layers, skipped)
 
 
+NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+"""Modules that scale each value by itself, whatever shape their weight has."""
+
+
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """The module's parameter `weight`, if it has one that is a parameter of its own."""
     return dict(module._parameters.items()).get("weight")
@@ -135,7 +139,7 @@ def _holds_matrix(module: nn.Module) -> bool:
     """Whether the module itself, not a child, owns a weight that a decomposition could be about."""
     if isinstance(module, _KINDS):
         return True
-    if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
+    if isinstance(module, NORMS):
         return False
     own = [p for _, p in module._parameters.items() if p is not None]
     return is_packed(module) or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)

@@ -1,5 +1,6 @@
 """The processor and the devices of this machine."""
 
+import math
 import os
 import platform
 import subprocess
@@ -41,9 +42,21 @@ def _named_in(cpuinfo: str) -> str:
 
 
 def usable_cores() -> int:
-    """How many processor cores this process may run on."""
+    """How many processor cores this process may use: it may be bound to some, and a container be given the time of fewer."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(Path("/sys/fs/cgroup")))))
+
+
+def _quota(folder: Path) -> float:
+    """How many cores' time a container gets, by the files of control groups in a folder; infinite without a limit."""
+    with suppress(OSError, ValueError):
+        granted, period = (folder / "cpu.max").read_text().split()
+        return math.inf if granted == "max" else int(granted) / int(period)
+    with suppress(OSError, ValueError):  # of the first version
+        granted, period = (int((folder / "cpu" / f"cpu.cfs_{of}_us").read_text()) for of in ("quota", "period"))
+        return granted / period if granted > 0 else math.inf
+    return math.inf
 
 
 def device_name(device: torch.device) -> str:

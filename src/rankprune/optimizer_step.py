@@ -159,8 +159,8 @@ def after_closure(
     """The arguments of step() with a closure that also acts, whenever it has made gradients."""
     closure = kwargs["closure"] if "closure" in kwargs else args[1]
 
-    def closure_and_act() -> Any:
-        loss = closure()
+    def closure_and_act(*given: Any, **named: Any) -> Any:  # some optimizers tell theirs whether gradients are wanted
+        loss = closure(*given, **named)
         act()
         return loss
 

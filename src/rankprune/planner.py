@@ -159,7 +159,7 @@ class Planner:
             chosen = {(name, c.scheme): c.rank for name, c in choices.items() if c.scheme and c.rank}
             short = [key for key, rank in chosen.items() if rank > factored.spectra[key].known]
             if not short:
-                return candidates, choices
+                return candidates, {name: _worthwhile(rule, candidates[name], choice) for name, choice in choices.items()}
             self.factorizer.complete(factored, short)
 
     @property
@@ -226,6 +226,17 @@ def _checked(rule: RankRule, name: str, candidates: Sequence[Candidate], choice:
     told = {scheme: f"1 to {len(ranks)}" if isinstance(ranks, range) else ranks for scheme, ranks in known.items()}
     could = ", ".join(f"{scheme} at ranks {ranks}" for scheme, ranks in told.items())
     raise RankPruneError(f"{rule!r} chose {choice.scheme} at rank {choice.rank!r} for layer {name!r}; it could choose {could}")
+
+
+def _worthwhile(rule: RankRule, candidates: Sequence[Candidate], choice: Choice) -> Choice:
+    """The choice, or that a layer stays dense which would not become cheaper; rules of our own choose no such pair."""
+    if choice.scheme is None or choice.rank is None or choice.reason is not None:
+        return choice
+    chosen = next(c for c in candidates if c.scheme == choice.scheme)
+    metric = rule.metric or chosen.dense.known
+    if chosen.cost(choice.rank).of(metric) < chosen.dense.of(metric):
+        return choice
+    return Choice(reason=f"{choice.scheme} at rank {choice.rank} of {chosen.full_rank}, as {rule!r} chose, is not cheaper")
 
 
 def make_plan(

@@ -63,6 +63,11 @@ def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[d
     weights = {name: module.get_parameter("weight").detach() for name, module in modules.items()}
     if meta := [name for name, weight in weights.items() if weight.is_meta]:
         raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
+    if on_mps := [name for name, weight in weights.items() if weight.device.type == "mps"]:
+        raise RankPruneError(
+            f"the weight of layer {on_mps[0]!r} is on an MPS device, which has no float64 to factor it in; move the model "
+            "to the CPU"
+        )
     schemes = {name: plan.choices[name][0] for name in modules}
     for part in linalg.in_parts({name: weight.numel() for name, weight in weights.items()}):
         yield {(name, schemes[name]): SCHEMES[schemes[name]].to_matrices(modules[name], weights[name]) for name in part}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
@@ -28,6 +29,8 @@ def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mappin
             memo[id(value)] = value.detach().clone()
     try:
         small = copy.deepcopy(model, memo)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError) as error:
         raise RankPruneError(f"this {type(model).__name__} cannot be copied by copy.deepcopy ({error})") from error
     copied = named_modules(small)

@@ -78,18 +78,19 @@ def read_notes(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
     """A model's state_dict from a user's file, on the CPU.
 
     ``.safetensors`` files, and PyTorch's own (``.pt``, ``.pth``, ``.th``, ``.bin``) read with ``weights_only=True``. A
-    state_dict nested under a usual key is found, and prefixes left by DataParallel and torch.compile are taken off.
+    state_dict nested under a usual key is found, and prefixes left by DataParallel and torch.compile are taken off,
+    unless they are in the names of `model` too.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds no state_dict.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _without_prefixes(read_safetensors(path))
+        return _without_prefixes(read_safetensors(path), model)
     if not path.is_file():
         raise CheckpointError(f"there is no file {str(path)!r}; check the path, or save it first")
     try:
@@ -99,7 +100,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{str(path)!r} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone"
         ) from error
-    return _without_prefixes(_find_state_dict(content, path))
+    return _without_prefixes(_find_state_dict(content, path), model)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -127,7 +128,9 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{str(path)!r} holds no state_dict of tensors, but {keys}; save model.state_dict()")
 
 
-def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+    if model is not None and tensors.keys() <= model.state_dict().keys():
+        return dict(tensors)
     if all(key == _COUNT or key.startswith("module.") for key in tensors):
         tensors = {key: value for key, value in tensors.items() if key != _COUNT}
     while tensors and (prefix := next((p for p in _WRAPPER_PREFIXES if all(k.startswith(p) for k in tensors)), None)):

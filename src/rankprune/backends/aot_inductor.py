@@ -36,7 +36,8 @@ class AotInductor(FileBackend):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=frozen)
 
     def read(self, path: Path, x: Inputs) -> Program:
-        with torch.cuda.device_of(tensors(x)[0]):  # of several GPUs it takes the present one
+        held = tensors(x)
+        with torch.cuda.device_of(next((t for t in held if t.is_cuda), held[0])):  # of several GPUs it takes the present one
             model = torch._inductor.aoti_load_package(str(path))
 
         def program(x: Inputs) -> list[torch.Tensor]:

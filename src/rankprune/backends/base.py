@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rankprune.errors import ExportError, MissingExtraError, RankPruneError
 from rankprune.inputs import Inputs, arguments, call, each_leaf, larger_by_one, leaves, on_device, tensors
+from rankprune.passes import uncompiled
 from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -187,8 +188,11 @@ class SideBySide(nn.Module):
 
 def outputs_of_each(models: Sequence[nn.Module], x: Inputs, outputs: Sequence[T]) -> list[Sequence[T]]:
     """The outputs of SideBySide(models), whatever they have become, cut into those of each model."""
-    with torch.no_grad():
-        ends = list(accumulate(len(tensors(call(model, x))) for model in models))
+    counts = []
+    for model in models:
+        with uncompiled(model):
+            counts.append(len(tensors(call(model, x))))
+    ends = list(accumulate(counts))
     return [outputs[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -48,7 +48,7 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
     if checkpoint is not None and artefact is not None:
         raise RankPruneError("give either --checkpoint, for a dense model, or --artefact, for a decomposed one")
     if checkpoint is not None:
-        load_exactly(model, read_tensors(checkpoint), str(checkpoint))
+        load_exactly(model, read_tensors(checkpoint, model), str(checkpoint))
     if artefact is not None:
         model = load(artefact, model)
     model.eval()

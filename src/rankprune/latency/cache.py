@@ -31,7 +31,7 @@ class LatencyCache:
     Calm ones are remembered in this process and kept in a file, written after every one; others only as long as this object.
     """
 
-    _remembered: ClassVar[dict[tuple[Path, str], dict[str, Any]]] = {}
+    _remembered: ClassVar[dict[tuple[Path, str], tuple[dict[str, Any], bool]]] = {}
 
     def __init__(self, setting: Mapping[str, Any]) -> None:
         self.setting = {**setting, "rankprune": VERSION}  # which measures in its own way
@@ -41,20 +41,30 @@ class LatencyCache:
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is known under this key, or else what `measure` returns, kept unless its "spread" is too large."""
-        known = self._noisy.get(key) or self._remembered.get((self.path, key))
+        known = self._noisy.get(key) or self._recall(key)
         if known is None:
             with suppress(OSError):
                 known = self._read().get(key)
+            if known is not None:
+                self._remembered[self.path, key] = known, True
         if known is None:
             known = {**measure(), "date": date.today().isoformat()}
             if known["spread"] > NOISY:
                 self._noisy[key] = known
-                return known
-            self._keep(key, known)
-        self._remembered[self.path, key] = known
+            else:
+                self._remembered[self.path, key] = known, self._keep(key, known)
         return known
 
-    def _keep(self, key: str, known: dict[str, Any]) -> None:
+    def _recall(self, key: str) -> dict[str, Any] | None:
+        """What is remembered; nothing of what was kept in a file that is gone: the user wants it measured again."""
+        known, kept = self._remembered.get((self.path, key), (None, False))
+        if kept and not self.path.is_file():
+            for place in [place for place, (_, kept) in self._remembered.items() if kept and place[0] == self.path]:
+                del self._remembered[place]
+            return None
+        return known
+
+    def _keep(self, key: str, known: dict[str, Any]) -> bool:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             measured = {**self._read(), key: known}  # another process may have written meanwhile
@@ -62,6 +72,8 @@ class LatencyCache:
                 draft.write_text(json.dumps({"setting": self.setting, "measured": measured}, indent=1))
         except OSError as error:
             warnings.warn(f"cannot keep latencies in {str(self.path)!r} ({error}); set RANKPRUNE_CACHE", stacklevel=2)
+            return False
+        return True
 
     def _read(self) -> dict[str, Any]:
         """All that is kept; nothing if that is damaged. Raises OSError if it is there and may not be read."""

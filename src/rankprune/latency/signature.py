@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.cost import count
-from rankprune.inputs import Inputs, leaves, shapes, tensors
+from rankprune.inputs import Inputs, placed_leaves, shapes
 from rankprune.precision import float32_products
 from rankprune.schemes.base import is_channels_last
 
@@ -28,8 +28,10 @@ _DEEPEST = 8
 
 def described(model: nn.Module, x: Inputs, more: object = None) -> str:
     """A text that differs where the network, its inputs or `more` differs."""
-    others = [_plain(leaf) for leaf in leaves(x) if not isinstance(leaf, Tensor)]
-    inputs = shapes(x), [(t.stride(), t.dtype) for t in tensors(x)], others
+    inputs = [
+        (place, (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else _plain(leaf))
+        for place, leaf in placed_leaves(x)
+    ]
     types = [(p.dtype, is_channels_last(p)) for p in model.parameters()]
     before = [_plain_attributes(module) for module in model.modules()]
     kind = f"{type(model).__module__}.{type(model).__qualname__} {count(model, x).macs}"  # forwards differ under one repr
@@ -60,7 +62,7 @@ def _code(function: FunctionType, deep: int = 0) -> str:
 
 
 def numerics_on(device: str) -> str:
-    """In what precision a network computes beside its own types: autocast's, and what stands in for float32."""
+    """How a network computes beside its own types: in autocast's, with what in place of float32, by which algorithms."""
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = torch.get_autocast_dtype(device) if narrowed else None
     narrowed_by: list[object] = [float32_products()]
@@ -68,8 +70,13 @@ def numerics_on(device: str) -> str:
         narrowed_by.append(getattr(getattr(backend, "conv", None), "fp32_precision", None))
     if device == "cuda":
         cudnn = torch.backends.cudnn
+        narrowed_by += [cudnn.enabled, cudnn.benchmark, cudnn.deterministic]
         with suppress(RuntimeError):  # of settings of both the older and the newer kind
-            narrowed_by += [cudnn.allow_tf32, cudnn.benchmark]
+            narrowed_by.append(cudnn.allow_tf32)
+    elif not torch.backends.mkldnn.enabled:
+        narrowed_by.append("no mkldnn")
+    if torch.are_deterministic_algorithms_enabled():
+        narrowed_by.append("deterministic")
     return f"autocast {autocast}, float32 {narrowed_by}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from rankprune.errors import ExportError
-from rankprune.inputs import Inputs, shapes
+from rankprune.inputs import Inputs, cloned, shapes
 from rankprune.latency.cache import NOISY
 from rankprune.latency.followers import followers
 from rankprune.latency.meter import LayerTimes, Meter, Setting, Subject, Variant
@@ -118,6 +118,7 @@ def measure_table(
     Warns:
         NoisyMeasurementWarning: if the times of a layer or the network vary by more than a fifth in each of three tries.
     """
+    x = cloned(x)
     with Meter.metering(model, backend, threads) as meter:
         meter.check(model, x)  # or its layers need not be timed
         tails = followers(model, x, {name: s.module for name, s in subjects.items()})
@@ -134,7 +135,7 @@ def correct_table(
     Where the dense network takes longer than before, by more than a fifth, the trial says nothing and the table stays.
     """
     with Meter.metering(model, table.setting.backend, table.setting.threads) as meter:
-        trials, busy = _trials(meter, table, model, x, subjects, [variant])
+        trials, busy = _trials(meter, table, model, cloned(x), subjects, [variant])
     if busy:
         return table
     return table.after(trials) if fit else replace(table, trials=(*table.trials, *trials))
@@ -173,7 +174,7 @@ def measure_layer(
 ) -> LayerTimes:
     """Time one layer of a model by itself. Raises and warns as measure_table does."""
     with Meter.metering(model, backend, threads) as meter:
-        times = _layer(meter, name, subject, followers(model, x, {name: subject.module})[name])
+        times = _layer(meter, name, subject, followers(model, cloned(x), {name: subject.module})[name])
         _warn_if_noisy(meter)
         return times
 

@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, source: str, models: Path, runs: Path) -> Non
     if file is not None:
         if source.startswith(RUN) and not file.is_file():
             raise RankPruneError(f"{source!r}: {str(file)!r} is not there; run that experiment first")
-        tensors = read_tensors(file)
+        tensors = read_tensors(file, model)
     elif source.startswith(TORCHVISION):
         tensors = _torchvision(source.removeprefix(TORCHVISION))
     else:
