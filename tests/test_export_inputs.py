@@ -118,6 +118,26 @@ def test_inputs_stay_as_they_are_under_a_model_that_changes_them(tmp_path: Path)
     assert torch.equal(x, before)
 
 
+class Sequenced(nn.Module):
+    """Takes a tensor by name, and others in a tuple by name, as encoder_outputs of language models."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, width)
+
+    def forward(self, ids: Tensor, states: tuple[Tensor, Tensor]) -> Tensor:
+        return self.linear(ids + 2 * states[0] - states[1])
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_inputs_by_name_may_hold_several_tensors(dynamic_batch: bool, tmp_path: Path) -> None:
+    x = {"ids": torch.randn(2, 4), "states": (torch.randn(2, 4), torch.randn(2, 4))}
+    assert rp.export_onnx(Sequenced(), x, tmp_path / "m.onnx", dynamic_batch=dynamic_batch) < 1e-5
+    models = [Sequenced().eval(), Sequenced(6).eval()]
+    for model, program in zip(models, BACKENDS["onnxruntime"].load_each(models, x), strict=True):
+        torch.testing.assert_close(program(x), [model(**x)], rtol=1e-4, atol=1e-5)
+
+
 class Flagged(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -233,17 +233,20 @@ class Exportable:
         return torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.shapes)
 
 
-def exportable(model: nn.Module, x: Inputs, batch: Any = None, *, tensors_only: bool = False) -> Exportable:
+def exportable(
+    model: nn.Module, x: Inputs, batch: Any = None, *, tensors_only: bool = False, in_order: bool = False
+) -> Exportable:
     """A model called with `x`, in which the first axis of every tensor is `batch`; with None no axis is open.
 
     A batch of one is doubled, for torch.export would take it for a constant.
 
     Args:
         tensors_only: have no inputs but tensors; some runtimes would make inputs of flags and None, too.
+        in_order: have the tensors as inputs in their order, whatever holds them.
     """
     args, kwargs = arguments(x)
     taken: Mapping[str, Any] = {}
-    in_order = tensors_only and not all(isinstance(leaf, Tensor) for leaf in leaves(x))
+    in_order |= tensors_only and not all(isinstance(leaf, Tensor) for leaf in leaves(x))
     if batch is not None:
         signature = inspect.signature(model.forward)
         taken = signature.bind(*args, **kwargs).arguments

@@ -41,7 +41,7 @@ class OnnxRuntime(FileBackend):
             raise MissingExtraError("onnxscript", self.extra) from error
 
     def _write(self, model: nn.Module, x: Inputs, path: Path, dynamic_batch: bool) -> None:
-        e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None)
+        e = exportable(model, x, torch.export.Dim("batch") if dynamic_batch else None, in_order=_is_nested(x))
         with _quietly():
             exported = torch.onnx.export(
                 e.model,
@@ -65,7 +65,7 @@ class OnnxRuntime(FileBackend):
 
     def _load_each(self, models: Sequence[nn.Module], x: Inputs) -> list[Program]:
         """One export for all, cut apart: most of an export's time does not depend on the model's size."""
-        if len(models) < 2 or sum(map(_bytes, models)) > LIMIT:
+        if len(models) < 2 or sum(map(_bytes, models)) > LIMIT or _is_nested(x):
             return super()._load_each(models, x)
         import onnx.utils
 
@@ -138,6 +138,11 @@ def _program(source: str | bytes) -> Program:
         return [torch.from_numpy(a) for a in session.run(None, _feed(names, x))]
 
     return program
+
+
+def _is_nested(x: Inputs) -> bool:
+    """Whether inputs by name hold tensors deeper down, for which the exporter makes up names."""
+    return isinstance(x, Mapping) and any(not isinstance(value, Tensor) and tensors(value) for value in x.values())
 
 
 def _feed(names: Sequence[str], x: Inputs) -> dict[str, Any]:
