@@ -62,8 +62,7 @@ def _export(
     model = unwrap(model)
     with undisturbed(model), tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         model, x = backend.placed_model(model), backend.placed(x)  # a GPU computes in another precision
-        with uncompiled(model):  # as it is exported, without the fast path of TransformerEncoder
-            expected = tensors(call(model, cloned(x)))
+        expected = _outputs(model, x)
         if not expected:
             raise ExportError(f"this {type(model).__name__} returns no tensors, so there is nothing to export and compare")
         draft = Path(folder) / path.name
@@ -72,9 +71,7 @@ def _export(
             backend.write(model, cloned(x), draft, open_batch)
             program = backend.read(draft, x)
             differences = _differences(expected, program(cloned(x)))
-            for other in _other_batches(model, x) if open_batch else ():
-                with uncompiled(model):
-                    expected = tensors(call(model, cloned(other)))
+            for other, expected in _other_batches(model, x) if open_batch else ():
                 differences += _differences(expected, program(other))
         except ExportError:
             raise
@@ -97,16 +94,21 @@ def _export(
     return max(differences)
 
 
-def _other_batches(model: nn.Module, x: Inputs) -> Iterator[Inputs]:
-    """Inputs that are larger by one example, and the first example alone, at which a model may take another way."""
-    yield with_one_more(x)
-    first = first_alone(x)
+def _outputs(model: nn.Module, x: Inputs) -> list[Tensor]:
+    """What the model gives as it is exported, without the fast path of TransformerEncoder."""
+    with uncompiled(model):
+        return tensors(call(model, cloned(x)))
+
+
+def _other_batches(model: nn.Module, x: Inputs) -> Iterator[tuple[Inputs, list[Tensor]]]:
+    """Inputs larger by one example, and the first example alone, at which a model may take another way, with its outputs."""
+    larger, first = with_one_more(x), first_alone(x)
+    yield larger, _outputs(model, larger)
     try:
-        with uncompiled(model):
-            call(model, cloned(first))
+        expected = _outputs(model, first)
     except Exception:  # a model need not take a single one
         return
-    yield first
+    yield first, expected
 
 
 def _differences(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:

@@ -58,7 +58,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None and (wraps or type(model).__name__ == "_FabricModule"):
             inner = model.module
             sharded: Any = getattr(model, "_forward_module", inner)  # by Fabric; its inner module alone does not show that
-            if "FullyShardedDataParallel" in {type(m).__name__ for m in sharded.modules()}:
+            if is_flat(sharded):
                 return sharded
         if not isinstance(inner, nn.Module):
             return model
@@ -130,6 +130,18 @@ NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 """Modules that scale each value by itself, whatever shape their weight has."""
 
 
+def unfactorable(weight: Tensor) -> str | None:
+    """Where a weight is that cannot be factored there, or None."""
+    if weight.is_meta:
+        return "on the meta device and holds no values"
+    return "on an MPS device, which has no float64 to factor it in" if weight.device.type == "mps" else None
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether FSDP of the first kind wraps the model or a part of it, and keeps its weights as flat pieces."""
+    return any(kind.__name__ == "FullyShardedDataParallel" for m in model.modules() for kind in type(m).__mro__)
+
+
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """The module's parameter `weight`, if it has one that is a parameter of its own."""
     return dict(module._parameters.items()).get("weight")
@@ -198,10 +210,8 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return f"its weight is of layout {weight.layout}"
     if isinstance(module, Convolution) and (reason := _inconsistent(module, weight)):
         return reason
-    if weight.is_meta:
-        return "its weight is on the meta device and holds no values"
-    if weight.device.type == "mps":
-        return "its weight is on an MPS device, which has no float64 to factor it in"
+    if place := unfactorable(weight):
+        return f"its weight is {place}"
     if weight.numel() == 0:
         return "its weight is empty"
     if has_hooks(module):

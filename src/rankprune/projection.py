@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
-from rankprune.layers import named_modules, own_weight, unwrap
+from rankprune.layers import named_modules, own_weight, unfactorable, unwrap
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
 from rankprune.schemes import SCHEMES
@@ -61,13 +61,9 @@ def planned_spectra(model: nn.Module, plan: Plan) -> dict[str, list[float]]:
 def planned_matrices(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[dict[Key, Tensor]]:
     """The weights of the planned modules as stacks of matrices, by (layer, scheme), as many at a time as should be factored."""
     weights = {name: module.get_parameter("weight").detach() for name, module in modules.items()}
-    if meta := [name for name, weight in weights.items() if weight.is_meta]:
-        raise RankPruneError(f"the weight of layer {meta[0]!r} is on the meta device and holds no values")
-    if on_mps := [name for name, weight in weights.items() if weight.device.type == "mps"]:
-        raise RankPruneError(
-            f"the weight of layer {on_mps[0]!r} is on an MPS device, which has no float64 to factor it in; move the model "
-            "to the CPU"
-        )
+    for name, weight in weights.items():
+        if place := unfactorable(weight):
+            raise RankPruneError(f"the weight of layer {name!r} is {place}; put the model on the CPU, with its values")
     schemes = {name: plan.choices[name][0] for name in modules}
     for part in linalg.in_parts({name: weight.numel() for name, weight in weights.items()}):
         yield {(name, schemes[name]): SCHEMES[schemes[name]].to_matrices(modules[name], weights[name]) for name in part}

@@ -10,7 +10,7 @@ from rankprune.cost import LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
-from rankprune.layers import Layer, named_modules, own_weight, select
+from rankprune.layers import Layer, is_flat, named_modules, own_weight, select
 from rankprune.plan import LayerPlan
 from rankprune.rules import Cost, Metric, break_even
 from rankprune.schemes import Scheme, schemes_for
@@ -60,7 +60,7 @@ def refuse_flat(model: nn.Module) -> None:
     Raises:
         RankPruneError: if it has.
     """
-    if any(kind.__name__ == "FullyShardedDataParallel" for m in model.modules() for kind in type(m).__mro__):
+    if is_flat(model):
         raise RankPruneError(
             "this model is wrapped in FullyShardedDataParallel, which keeps its weights as flat pieces: shard it with "
             "torch.distributed.fsdp.fully_shard (FSDP2; ModelParallelStrategy in Lightning), or plan before wrapping"

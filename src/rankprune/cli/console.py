@@ -92,14 +92,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
     Where it is too wide for the terminal, heads and words are folded.
     """
-    widths = [max(map(len, (column, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
-    if console.is_terminal and sum(widths) + 2 * len(columns) + 1 > console.width:
-        figures = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
-        columns = ["\n".join(wrap(column, max(NARROW, figures[i]))) for i, column in enumerate(columns)]
+    cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    lines = [[column] for column in columns]
+    if console.is_terminal and sum(map(max, map(len, columns), cells)) + 2 * len(columns) + 1 > console.width:
+        lines = [wrap(column, max(NARROW, width)) for column, width in zip(columns, cells, strict=True)]
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     least = 0
-    for i, column in enumerate(columns):
-        whole = max(map(len, (*column.split("\n"), *(row[i] for row in rows))))
+    for i, head in enumerate(lines):
+        column, whole = "\n".join(head), max([cells[i], *map(len, head)])
         if i < words:
             table.add_column(column, overflow="fold")
             least += min(whole, NARROW)
