@@ -70,6 +70,7 @@ def as_weight(matrices: Tensor, weight: Tensor, scheme: str) -> Tensor:
     if weight.dim() == 4 and scheme == "spatial":
         n, c, k1, k2 = weight.shape
         return matrices.reshape(c, k1, n, k2).permute(2, 0, 1, 3)
+    assert scheme in ("channel", "spatial", "decoupled", "linear"), scheme
     return matrices.reshape(weight.shape)
 
 

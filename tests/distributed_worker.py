@@ -229,13 +229,18 @@ def warm_up() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 1))
     nn.init.zeros_(model[2].weight)
+    fully_shard(model[1])  # a layer by itself
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trp = rp.TRP(model, rule=rp.FixedRank(2), every=1).attach(optimizer)
+    trp = rp.TRP(model, rule=rp.FixedRank(2), every=1, example_inputs=torch.ones(1, 16)).attach(optimizer)
     (model(torch.ones(4, 16)) - 1).square().mean().backward()
     model[2].bias.grad = None
     optimizer.step()
     assert trp.steps == 1, f"process {dist.get_rank()} counted {trp.steps}"
+    assert trp.history == [(1, {"0": 2, "1": 2})]
+    whole = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 1))
+    small, x = trp.finalize(into=whole), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(x), model(x))
 
 
 class Reading(nn.Module):

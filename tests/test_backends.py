@@ -209,6 +209,8 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch: pytes
     importlib.invalidate_caches()
     with pytest.raises(rp.MissingExtraError, match=r"rankprune\[openvino\]"):
         BACKENDS["openvino"].load(*network())
+    elsewhere = type("Elsewhere", (type(BACKENDS["openvino"]),), {"package": "no_such_package.part"})
+    assert not elsewhere().installed
 
 
 def test_executorch_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

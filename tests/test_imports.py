@@ -18,6 +18,7 @@ ORDER = [
     "inputs",
     "machine",
     "precision",
+    "wrappers",
     "schemes",
     "spectrum",
     "linalg",

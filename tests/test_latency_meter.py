@@ -143,6 +143,15 @@ def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(cache_by_own_clock: 
     assert measured(model, x, budget(0.9)).network_ns != noisy_ns
 
 
+def test_too_little_memory_for_timing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB are not there")
+
+    monkeypatch.setattr(meter, "time_together", too_large)
+    with pytest.raises(rp.RankPruneError, match=r"too little memory to time .*2 GiB are not there"):
+        measured(*network(), budget(0.9))
+
+
 def test_of_several_tries_the_calmest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = [(3.0, 0.5), (2.0, 0.2), (1.0, 0.3)]
 

@@ -109,6 +109,14 @@ class Tied(nn.Module):
         return self.b(self.a(x))
 
 
+class TiedByMemory(Tied):
+    """As it is where one parameter is made from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.weight = nn.Parameter(self.a.weight.detach())
+
+
 class TiedBias(nn.Module):
     """A linear layer whose bias is a scale's, too."""
 
@@ -159,6 +167,7 @@ RUNNING = {
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5), "odd", "pruning"),
     "tied, first": (Tied, "odd.a", "shared with 'odd.b'"),
     "tied, second": (Tied, "odd.b", "shared with 'odd.a'"),
+    "tied by memory": (TiedByMemory, "odd.b", "its weight is shared with 'odd.a'"),
     "tied bias": (TiedBias, "odd.a", "its bias is shared with 'odd.scale'"),
     "subclass": (lambda: Doubled(16, 16), "odd", "Doubled is a subclass of Linear"),
     "conv subclass": (lambda: OnFields(DoubledConv(4, 4, 1)), "odd.inner", "DoubledConv is a subclass of Conv2d"),

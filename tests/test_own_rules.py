@@ -61,6 +61,10 @@ def test_it_chooses_for_every_layer_and_no_other(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Own, "choose", lambda *_: {"0": Choice("linear", 2)})
     with pytest.raises(rp.RankPruneError, match=r"no other: see \['2'\]"):
         rp.make_plan(network(), rule=Own("linear", 2), include=["*"])
+    for chosen in (["0", "2"], {"0": 3, "2": None}):
+        monkeypatch.setattr(Own, "choose", lambda *_, chosen=chosen: chosen)
+        with pytest.raises(rp.RankPruneError, match="a dict of one Choice for each layer"):
+            rp.make_plan(network(), rule=Own("linear", 2), include=["*"])
 
 
 class LargestGap(LocalRule):
@@ -95,6 +99,14 @@ def test_schemes_compare_by_its_metric() -> None:
     plans = [rp.make_plan(model, x, rule=rule, scheme="auto", include=["*"]).decomposed["0"] for rule in rules]
     assert plans[0].macs_after < plans[1].macs_after
     assert plans[0].params_after > plans[1].params_after
+
+
+@pytest.mark.parametrize("rule", [rp.Energy(0.8), rp.Budget(params=0.5)], ids=lambda rule: type(rule).__name__)
+def test_on_its_ramp_a_rule_derived_from_another_stays_what_it_is(rule: RankRule) -> None:
+    kind = type("Derived", (type(rule),), {"metric": "params"})
+    relaxed = kind(**vars(rule)).relaxed(0.5)
+    assert type(relaxed) is kind
+    assert vars(relaxed) == vars(rule.relaxed(0.5)) != vars(rule)
 
 
 def test_one_layer_alone_has_no_latency() -> None:

@@ -235,8 +235,31 @@ class Scaled(nn.Conv2d):
 def test_auto_means_every_scheme_that_can_express_the_layer() -> None:
     names = lambda layer: [s.name for s in schemes_for("auto", layer)[0]]  # noqa: E731
     assert names(nn.Conv2d(4, 4, 3)) == list(CONV_SCHEMES)
-    assert names(nn.ConvTranspose3d(4, 4, 1)) == ["channel", "spatial"]
+    assert names(nn.ConvTranspose3d(4, 4, 1, stride=2)) == ["channel", "spatial"]
     assert names(nn.Linear(4, 4)) == ["linear"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(6, 4, 3),
+        nn.Conv2d(6, 4, 1, stride=2),
+        nn.Conv2d(6, 4, (3, 1), groups=2),
+        nn.ConvTranspose1d(6, 4, 3, stride=2),
+        nn.ConvTranspose3d(6, 4, 1),
+    ],
+    ids=str,
+)
+def test_auto_leaves_out_what_repeats_another_scheme(layer: nn.Module) -> None:
+    channel, spatial = SCHEMES["channel"], SCHEMES["spatial"]
+    assert schemes_for("auto", layer)[0] == tuple(s for s in SCHEMES.values() if s is not spatial and not s.unsupported(layer))
+    assert schemes_for("spatial", layer)[0] == (spatial,)
+    values = [torch.linalg.svdvals(s.to_matrices(layer, layer.weight)) for s in (channel, spatial)]
+    torch.testing.assert_close(*values)
+    x = torch.zeros(1, 6, *[8] * len(layer.kernel_size))
+    costs = [count(s.empty_pair(layer, 2), x) for s in (channel, spatial)]
+    assert costs[0].params == costs[1].params
+    assert costs[0].macs <= costs[1].macs
 
 
 def test_the_conv1d_of_transformers_is_a_linear_layer() -> None:

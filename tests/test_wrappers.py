@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rankprune as rp
-from rankprune.layers import unwrap
 from rankprune.projection import project
 from rankprune.state_dicts import load_exactly, read_tensors, save_tensors
+from rankprune.wrappers import unwrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
 

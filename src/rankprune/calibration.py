@@ -14,14 +14,14 @@ from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, call, check_batches, cloned
 from rankprune.linalg import bases, in_parts
 from rankprune.passes import uncompiled
-from rankprune.schemes import Scheme
+from rankprune.schemes import Key, Scheme
 
 _HELD = 2**28
 """How many values the covariances that are gathered together have at most; each takes 24 bytes in the end."""
 _UNROLLED = 2**24
 """How many values the windows under a kernel have at most that are looked at together; each takes 12 bytes."""
 
-Layers = Mapping[tuple[str, str], tuple[nn.Module, Scheme[Any]]]
+Layers = Mapping[Key, tuple[nn.Module, Scheme[Any]]]
 """Modules and schemes by (layer name, scheme name)."""
 
 
@@ -60,13 +60,11 @@ def _for_each(matrices: Tensor, stack: Tensor) -> Tensor:
     return matrices if len(matrices) == 1 else matrices.repeat_interleave(len(stack) // len(matrices), 0)
 
 
-Whitenings = dict[tuple[str, str], Whitening]
+Whitenings = dict[Key, Whitening]
 """By (layer name, scheme name). Absent are layers of which a scheme sees no patches (transposed ones), or that got none."""
 
 
-def whitenings(
-    model: nn.Module, layers: Layers, inputs: Iterable[Inputs]
-) -> Iterator[tuple[list[tuple[str, str]], Whitenings]]:
+def whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> Iterator[tuple[list[Key], Whitenings]]:
     """Run the model on all inputs, in eval mode and left as it was, and whiten each layer's input as each scheme sees it.
 
     The spatial scheme takes columns of pixels to be uncorrelated with their neighbours, the decoupled one single pixels; for
@@ -96,10 +94,10 @@ def _values(module: nn.Module, scheme: Scheme[Any]) -> int:
 
 @torch.no_grad()
 def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> Whitenings:
-    sums: dict[tuple[str, str], Tensor] = {}
-    samples: dict[tuple[str, str], int] = defaultdict(int)
+    sums: dict[Key, Tensor] = {}
+    samples: dict[Key, int] = defaultdict(int)
 
-    def gather(key: tuple[str, str], scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def gather(key: Key, scheme: Scheme[Any]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             for part in _in_few_values(module, x):
@@ -135,7 +133,7 @@ def _in_few_values(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _UNROLLED // max(1, x[0].numel() * math.prod(kernel))))
 
 
-def whitened(stacks: Mapping[tuple[str, str], Tensor], whites: Whitenings) -> dict[tuple[str, str], Tensor]:
+def whitened(stacks: Mapping[Key, Tensor], whites: Whitenings) -> dict[Key, Tensor]:
     """Stacks by (layer name, scheme name), those whitened that there is a Whitening for."""
     return {key: whites[key].apply(stack) if key in whites else stack for key, stack in stacks.items()}
 

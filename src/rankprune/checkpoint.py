@@ -13,10 +13,10 @@ from rankprune.cost import parameter_count
 from rankprune.decompose import skeleton
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.files import draft_of
-from rankprune.layers import named_modules, saved_name, unwrap
 from rankprune.plan import Plan
 from rankprune.schemes.base import Convolution
 from rankprune.state_dicts import load_exactly, read_safetensors, save_tensors
+from rankprune.wrappers import named_modules, saved_name, unwrap
 
 FORMAT = 1
 """Version of an artefact. A reader refuses any other."""

@@ -11,11 +11,10 @@ from rankprune.backends import BACKENDS, backend_named
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, cloned
 from rankprune.latency import Subject, measure_layer, ranks_to_try
-from rankprune.layers import named_modules, unwrap
 from rankprune.passes import undisturbed
-from rankprune.planner import Planner
-from rankprune.rules import RankFraction
+from rankprune.survey import survey
 from rankprune.timing import spread, time_together
+from rankprune.wrappers import named_modules, unwrap
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def layer_curve(
     model = unwrap(model)
     if name not in named_modules(model):
         raise RankPruneError(f"there is no layer {name!r}; the model's modules are named as in model.named_modules()")
-    options = Planner(model, scheme=scheme, rule=RankFraction(1.0), example_inputs=x, include=[name]).survey.options[name]
+    options = survey(model, scheme, x, [name], ()).options[name]
     ranks = {o.scheme: ranks_to_try(o.full_rank, count) for o in options}
     subject = Subject(options[0].layer.module, options[0].input_shapes, ranks)
     times = measure_layer(model, x, name, subject, backend, threads)

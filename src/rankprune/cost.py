@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, call, cloned
-from rankprune.layers import NORMS, is_decomposable, is_matrix, is_packed, named_modules, unwrap
+from rankprune.layers import NORMS, is_decomposable, is_matrix, is_packed
 from rankprune.passes import uncompiled
+from rankprune.wrappers import named_modules, own_type, unwrap
 
 _OF_A_PAIR = frozenset(dir(nn.Sequential()))
 """The attributes that a pair of layers has."""
@@ -109,7 +110,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks
         call(model, cloned(x))
     rows = tuple(
-        LayerCost(name, type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
+        LayerCost(name, own_type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
         for name, m in leaves.items()
         if shapes[name] or parameter_count(m)
     )

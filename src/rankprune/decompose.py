@@ -9,11 +9,11 @@ from torch import nn
 from rankprune import linalg
 from rankprune.calibration import whitened, whitenings
 from rankprune.inputs import Inputs
-from rankprune.layers import has_hooks, unwrap
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules
 from rankprune.replacement import with_pairs
 from rankprune.schemes import SCHEMES
+from rankprune.wrappers import has_hooks, unwrap
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     modules = planned_modules(model, plan.decomposed)
     if hooked := [name for name, module in modules.items() if has_hooks(module)]:
         warnings.warn(
-            f"layers {', '.join(hooked[:3])} have got hooks since the plan was made; their pairs lose them", stacklevel=2
+            f"layers {', '.join(hooked[:3])} have got hooks since the plan was made; their pairs lose them", stacklevel=3
         )
     keys = [(name, plan.choices[name][0]) for name in modules]
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}

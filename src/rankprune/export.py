@@ -14,8 +14,8 @@ from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.files import check_folder
 from rankprune.inputs import Inputs, call, cloned, first_alone, tensors, with_one_more
-from rankprune.layers import unwrap
 from rankprune.passes import uncompiled, undisturbed
+from rankprune.wrappers import unwrap
 
 FILE_BACKENDS = {backend.suffix: backend for backend in BACKENDS.values() if isinstance(backend, FileBackend)}
 """The backends that run files, by what the files' names end in."""

@@ -13,8 +13,9 @@ from rankprune.inputs import Inputs, check_batches
 from rankprune.layers import Layer
 from rankprune.linalg import Basis
 from rankprune.plan import Plan
+from rankprune.schemes import Key
 from rankprune.spectrum import Spectrum
-from rankprune.survey import Key, Option
+from rankprune.survey import Option
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Factorizer:
         self._factor_into(factored, every if keys is None else keys, starts, spectra_only)
         return factored
 
+    @torch.no_grad()
     def complete(self, factored: Factored, keys: Iterable[Key]) -> None:
         """Factor whole those of `keys` of which only leading vectors are known so far."""
         spectra = {key: factored.spectra[key] for key in keys}

@@ -16,7 +16,7 @@ from rankprune.planner import Planner
 from rankprune.projection import project_factored, project_with_subgradients, subgradients
 from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
-from rankprune.survey import Key
+from rankprune.schemes import Key
 
 
 class LowRankIteration:

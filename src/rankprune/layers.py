@@ -2,21 +2,20 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.parameter import is_lazy
 
 from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.schemes import CONVOLUTIONS, is_linear
 from rankprune.schemes.base import Convolution, padded_sides
+from rankprune.wrappers import has_hooks, named_modules, own_type
 
-_CHECKPOINTED = "_checkpoint_wrapped_module"
 _KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
 
@@ -47,32 +46,7 @@ class Selection:
 
 def is_decomposable(module: nn.Module) -> bool:
     """Whether some scheme knows this very type; a subclass may compute something else in its forward."""
-    return type(module) in CONVOLUTIONS or is_linear(module)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module in wrappers of torch.compile, DataParallel, Fabric and averages of weights; names refer to it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
-        if inner is None and (wraps or type(model).__name__ == "_FabricModule"):
-            inner = model.module
-            sharded: Any = getattr(model, "_forward_module", inner)  # by Fabric; its inner module alone does not show that
-            if is_flat(sharded):
-                return sharded
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by the names that state_dicts know them by; the wrapper of a checkpointed module is left out."""
-    return {saved_name(name): module for name, module in model.named_modules()}
-
-
-def saved_name(name: str) -> str:
-    """The name of a module, parameter or buffer in state_dicts: without what torch's checkpoint_wrapper puts into it."""
-    return ".".join(part for part in name.split(".") if part != _CHECKPOINTED)
+    return own_type(module) in CONVOLUTIONS or is_linear(module)
 
 
 def select(
@@ -137,11 +111,6 @@ def unfactorable(weight: Tensor) -> str | None:
     return "on an MPS device, which has no float64 to factor it in" if weight.device.type == "mps" else None
 
 
-def is_flat(model: nn.Module) -> bool:
-    """Whether FSDP of the first kind wraps the model or a part of it, and keeps its weights as flat pieces."""
-    return any(kind.__name__ == "FullyShardedDataParallel" for m in model.modules() for kind in type(m).__mro__)
-
-
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """The module's parameter `weight`, if it has one that is a parameter of its own."""
     return dict(module._parameters.items()).get("weight")
@@ -157,11 +126,6 @@ def _holds_matrix(module: nn.Module) -> bool:
     return is_packed(module) or any(isinstance(p, nn.UninitializedParameter) or is_matrix(p) for p in own)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs before or after its forward or backward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def is_packed(module: nn.Module) -> bool:
     """Whether it is a quantized layer, which keeps its weight behind a method. Computes no weight that is parametrized."""
     return inspect.isfunction(inspect.getattr_static(type(module), "weight", None))
@@ -174,11 +138,11 @@ def is_matrix(parameter: Tensor) -> bool:
 
 def _shared_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Name of a module -> which of its parameters another module holds, too, and which one."""
-    owners: dict[int, dict[str, str]] = defaultdict(dict)
+    owners: dict[Hashable, dict[str, str]] = defaultdict(dict)
     for name, module in modules.items():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                owners[id(parameter)].setdefault(name, attribute)
+                owners[_memory(parameter)].setdefault(name, attribute)
     shared = {}
     for names in owners.values():
         for name, attribute in names.items():
@@ -187,9 +151,21 @@ def _shared_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
     return shared
 
 
+def _memory(parameter: nn.Parameter) -> Hashable:
+    """Equal for two parameters of which one changes when the other is written to."""
+    if (
+        is_lazy(parameter)
+        or type(parameter.data) is not Tensor
+        or parameter.layout != torch.strided
+        or not parameter.data_ptr()
+    ):
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
+
+
 def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, str | None] | None) -> str | None:
     """Why this module cannot be decomposed whatever the scheme, or None."""
-    kind = type(module).__name__
+    kind = own_type(module).__name__
     weight = own_weight(module)
     if isinstance(weight, nn.UninitializedParameter):
         return f"{kind} has no shape yet; run one forward pass first"

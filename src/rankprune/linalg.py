@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rankprune.errors import FactorizationError
 from rankprune.precision import float32_products
+from rankprune.schemes import Key
 from rankprune.spectrum import Spectrum
 
 K = TypeVar("K")
@@ -107,9 +108,7 @@ def in_parts(sizes: Mapping[K, int], most: int | None = None) -> Iterator[list[K
         yield part
 
 
-def bases_by_layer(
-    stacks: Mapping[tuple[str, str], Tensor], starts: Mapping[tuple[str, str], Tensor] | None = None
-) -> dict[tuple[str, str], Basis]:
+def bases_by_layer(stacks: Mapping[Key, Tensor], starts: Mapping[Key, Tensor] | None = None) -> dict[Key, Basis]:
     """As bases, for stacks by (layer name, scheme name)."""
     known = [starts.get(key) for key in stacks] if starts is not None else None
     return dict(zip(stacks, bases(list(stacks.values()), [layer for layer, _ in stacks], known), strict=True))

@@ -14,11 +14,12 @@ from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
 from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
-from rankprune.layers import unwrap
 from rankprune.plan import LayerPlan, Plan
 from rankprune.rules import Candidate, Choice, RankRule
+from rankprune.schemes import Key
 from rankprune.spectrum import Spectrum
-from rankprune.survey import Key, Option, subject, survey
+from rankprune.survey import Option, subject, survey
+from rankprune.wrappers import unwrap
 
 _TRIALS = 3
 """How often at most times are set right by a network as it would be decomposed."""
@@ -185,6 +186,8 @@ class Planner:
             raise
         except Exception as error:  # of the user's own code
             raise RankPruneError(f"{rule!r} failed to choose: {type(error).__name__}: {error}") from error
+        if not isinstance(chosen, Mapping) or not all(isinstance(choice, Choice) for choice in chosen.values()):
+            raise RankPruneError(f"{rule!r} has to choose by a dict of one Choice for each layer")
         if unlike := candidates.keys() ^ chosen.keys():
             raise RankPruneError(f"{rule!r} has to choose for every layer it is given, and no other: see {sorted(unlike)[:3]}")
         return {name: _checked(rule, name, candidates[name], choice) for name, choice in chosen.items()}

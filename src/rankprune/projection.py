@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from rankprune import linalg
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
-from rankprune.layers import named_modules, own_weight, unfactorable, unwrap
+from rankprune.layers import own_weight, unfactorable
 from rankprune.linalg import Basis
 from rankprune.plan import LayerPlan, Plan
-from rankprune.schemes import SCHEMES
-from rankprune.survey import Key, Option
+from rankprune.schemes import SCHEMES, Key
+from rankprune.survey import Option
+from rankprune.wrappers import named_modules, own_type, unwrap
 
 
 def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[str, nn.Module]:
@@ -32,7 +33,7 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
         if isinstance(weight, nn.UninitializedParameter):
             raise RankPruneError(f"layer {name!r} is lazy and has no shape yet; run one forward pass first")
         shape = None if weight is None else tuple(weight.shape)
-        if type(module).__name__ != entry.kind or shape != entry.shape:
+        if own_type(module).__name__ != entry.kind or shape != entry.shape:
             raise RankPruneError(
                 f"the plan has layer {name!r} as {entry.kind} with a weight of shape {entry.shape}; this model has "
                 f"{type(module).__name__} with {shape}: make a new plan for it"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
-from rankprune.layers import named_modules, saved_name
 from rankprune.passes import put_in_modes
+from rankprune.wrappers import named_modules, saved_name
 
 
 def with_pairs(model: nn.Module, modules: Mapping[str, nn.Module], pairs: Mapping[str, nn.Module]) -> nn.Module:

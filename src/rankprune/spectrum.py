@@ -17,6 +17,8 @@ class Spectrum:
     matrix. Where known < full_rank, figures beyond the known values are the best that the rest can be: a rule for
     single layers that chooses a rank within the known ones would choose the same with all of them at hand (a budget for the
     network nearly), and one that asks for more is asked again once they are there (see rankprune.planner.Planner.plan).
+    At the projections of a training on a CPU, where the short side is 256 or more, values below a thousandth of the largest are
+    rounding (see rankprune.linalg).
     """
 
     values: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankprune.errors import CheckpointError
-from rankprune.layers import saved_name, unwrap
+from rankprune.wrappers import saved_name, unwrap
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _COUNT = "n_averaged"

@@ -10,13 +10,11 @@ from rankprune.cost import LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.latency import Subject, ranks_to_try
-from rankprune.layers import Layer, is_flat, named_modules, own_weight, select
+from rankprune.layers import Layer, own_weight, select
 from rankprune.plan import LayerPlan
 from rankprune.rules import Cost, Metric, break_even
-from rankprune.schemes import Scheme, schemes_for
-
-Key = tuple[str, str]
-"""A layer's name and a scheme's."""
+from rankprune.schemes import Key, Scheme, schemes_for
+from rankprune.wrappers import named_modules, own_type, refuse_flat
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,6 @@ class Survey:
     uncounted: tuple[str, ...]
     options: dict[str, list[Option]] = field(default_factory=dict)
     dense: dict[str, LayerPlan] = field(default_factory=dict)
-
-
-def refuse_flat(model: nn.Module) -> None:
-    """Make sure that a model is not, and has not, what FSDP of the first kind wraps.
-
-    Raises:
-        RankPruneError: if it has.
-    """
-    if is_flat(model):
-        raise RankPruneError(
-            "this model is wrapped in FullyShardedDataParallel, which keeps its weights as flat pieces: shard it with "
-            "torch.distributed.fsdp.fully_shard (FSDP2; ModelParallelStrategy in Lightning), or plan before wrapping"
-        )
 
 
 def survey(
@@ -117,7 +102,7 @@ def _entry(name: str, module: nn.Module, row: LayerCost | None, reason: str | No
     macs = row.macs if row else None
     return LayerPlan(
         name=name,
-        kind=type(module).__name__,
+        kind=own_type(module).__name__,
         shape=() if weight is None or isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape),
         scheme=None,
         rank=None,

@@ -15,7 +15,6 @@ from rankprune.distributed import Team, is_sharded, reshard
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.iteration import LowRankIteration
-from rankprune.layers import unwrap
 from rankprune.optimizer_step import (
     Outermost,
     add_to_gradients,
@@ -33,6 +32,7 @@ from rankprune.planner import Planner
 from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
 from rankprune.stopwatch import Stopwatch
+from rankprune.wrappers import unwrap
 
 _ATTACHED: "WeakKeyDictionary[Optimizer, WeakSet[TRP]]" = WeakKeyDictionary()
 

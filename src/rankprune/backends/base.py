@@ -53,7 +53,10 @@ class Backend(ABC):
     @property
     def installed(self) -> bool:
         """Whether its package is there."""
-        return find_spec(self.package) is not None
+        try:
+            return find_spec(self.package) is not None
+        except ModuleNotFoundError:  # the package that it is a part of
+            return False
 
     @property
     def version(self) -> str:
@@ -152,7 +155,12 @@ class FileBackend(Backend):
 
         Args:
             dynamic_batch: leave the first axis of every input tensor open.
+
+        Raises:
+            ExportError: if a file cannot leave it open, or the model cannot be written.
         """
+        if dynamic_batch and not self.opens_batch:
+            raise ExportError(f"a {self.suffix} file is for one batch size; give dynamic_batch=False")
         self._write(self.placed_model(model), self.placed(x), path, dynamic_batch)
 
     @abstractmethod
@@ -161,7 +169,7 @@ class FileBackend(Backend):
 
     @abstractmethod
     def read(self, path: Path, x: Inputs) -> Program:
-        """The program in a file, for inputs like `x`, where they are."""
+        """The program in a file, for inputs like `x`, where they are, on as many threads as torch has now."""
 
     def sometimes_beside(self, path: Path) -> tuple[Path, ...]:
         """The files that writing to `path` makes for some models only, of which an older one would not fit a new file."""

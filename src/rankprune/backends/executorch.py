@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankprune.backends.base import FileBackend, Program, exportable
-from rankprune.errors import ExportError, MissingExtraError
+from rankprune.errors import MissingExtraError
 from rankprune.inputs import Inputs, tensors
 
 
@@ -48,8 +48,6 @@ class ExecuTorch(FileBackend):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
         from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
-        if dynamic_batch:
-            raise ExportError("an ExecuTorch file is for one batch size; give dynamic_batch=False")
         program = exportable(model, x, tensors_only=True).export()
         with warnings.catch_warnings(action="ignore"):  # it uses what torch deprecates
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])

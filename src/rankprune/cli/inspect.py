@@ -17,7 +17,7 @@ from rankprune.recipes.evaluation import logits_of, top1
 from rankprune.recipes.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from rankprune.recipes.photograph_batches import PhotographConfig, centre_batches
 from rankprune.recipes.photographs import load_photographs
-from rankprune.timing import measure_together
+from rankprune.timing import measure
 
 
 def evaluate(
@@ -78,5 +78,5 @@ def count(
     if cost.uncounted:
         say(f"not counted: {', '.join(cost.uncounted)}")
     if time:
-        timing = measure_together({"": network}, x)[""]
+        timing = measure(network, x)
         say(f"{timing.median_ms:.2f} ms (median of {timing.runs}, spread {timing.spread:.0%}, {timing.threads} threads)")

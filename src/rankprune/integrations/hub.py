@@ -13,8 +13,8 @@ from rankprune.checkpoint import FILES, load, load_plan, save
 from rankprune.errors import CheckpointError, MissingExtraError, RankPruneError
 from rankprune.integrations.builder import Builder, build, check_arguments, generate_as, generation_of, name_of, own_builder
 from rankprune.integrations.model_card import Results, card_text
-from rankprune.layers import unwrap
 from rankprune.plan import Plan
+from rankprune.wrappers import unwrap
 
 try:
     from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, snapshot_download

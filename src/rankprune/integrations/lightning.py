@@ -6,9 +6,8 @@ from typing import Any
 
 from rankprune.errors import MissingExtraError, RankPruneError
 from rankprune.integrations.callback import OwnsTRP
-from rankprune.layers import named_modules, unwrap
-from rankprune.survey import refuse_flat
 from rankprune.trp import TRP
+from rankprune.wrappers import named_modules, refuse_flat, unwrap
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rankprune.backends import backend_named
+from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.latency.cache import NOISY, LatencyCache
 from rankprune.latency.signature import described, numerics_on
@@ -177,7 +178,10 @@ class Meter:
         return [round(ms * 1e6) for ms in found["ms"]], found["busy"]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        found = self.cache.get(key, measure)
+        try:
+            found = self.cache.get(key, measure)
+        except torch.OutOfMemoryError as error:  # a training's own weights and states may leave too little
+            raise RankPruneError(f"there is too little memory to time layers and networks here ({error})") from error
         self.spreads.append(found["spread"])
         return found
 

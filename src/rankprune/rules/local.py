@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rankprune.errors import RankPruneError
@@ -74,7 +74,7 @@ class Energy(LocalRule):
         return max(1, int((spectrum.errors() > 1 - self.keep + _ROUNDING).sum()))
 
     def relaxed(self, progress: float) -> "Energy":
-        return Energy(1 - (1 - self.keep) * progress)
+        return replace(self, keep=1 - (1 - self.keep) * progress)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class SingularValue(LocalRule):
 
     With calibration it is in those of the layer's output: a singular value is then the root mean square of what it adds there.
 
-    Every layer is projected to its rank, also where a pair of that rank would cost more than the layer.
+    Every layer is projected to its rank, also where a pair of that rank would cost more than the layer. In training on a CPU
+    values below a thousandth of a large layer's largest are rounding (see Spectrum): a smaller minimum keeps them.
     """
 
     minimum: float

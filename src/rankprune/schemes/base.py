@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd as Convolution
 
+from rankprune.wrappers import own_type
+
 L = TypeVar("L", bound=nn.Module)
+
+Key = tuple[str, str]
+"""A layer's name and a scheme's, which its matrices under that scheme are known by."""
 
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.Conv1d,
@@ -38,6 +43,10 @@ class Scheme(ABC, Generic[L]):
     @abstractmethod
     def unsupported(self, layer: nn.Module) -> str | None:
         """Why this scheme cannot express `layer`, or None where it can."""
+
+    def repeats(self, layer: L) -> bool:
+        """Whether another scheme makes of `layer` the same at no more cost, so that ``"auto"`` need not look at this one."""
+        return False
 
     @abstractmethod
     def to_matrices(self, layer: L, weight: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ class ConvolutionScheme(Scheme[Convolution]):
     """A scheme for convolutions and transposed convolutions of any dimension."""
 
     def unsupported(self, layer: nn.Module) -> str | None:
-        return None if type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
+        return None if own_type(layer) in CONVOLUTIONS else f"{type(layer).__name__} is not a convolution"
 
 
 def to_grouped(layer: Convolution, weight: Tensor) -> Tensor:
@@ -136,7 +145,7 @@ def conv_like(
     def along(values: tuple[int, ...], elsewhere: int) -> tuple[int, ...]:
         return tuple(v if axis in axes else elsewhere for axis, v in enumerate(values))
 
-    kind: type[nn.Module] = type(layer)
+    kind = own_type(layer)
     keywords = {}
     if not axes:
         kind = CONVOLUTIONS[kind]

@@ -5,16 +5,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankprune.schemes.base import Scheme
+from rankprune.wrappers import own_type
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether it is nn.Linear itself, or the linear layer that GPT-2 of transformers calls Conv1D."""
-    return type(layer) is nn.Linear or _is_conv1d(layer)
+    return own_type(layer) is nn.Linear or _is_conv1d(layer)
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
     """Whether the weight is (c, n) instead of (n, c); told by name, for transformers need not be installed."""
-    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+    kind = own_type(layer)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 class Linear(Scheme[nn.Module]):

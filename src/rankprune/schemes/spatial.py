@@ -15,6 +15,11 @@ class Spatial(ConvolutionScheme):
     name = "spatial"
     input_on_rows = True
 
+    def repeats(self, layer: Convolution) -> bool:
+        """Where the kernel is 1 wide along all axes but the first these are the matrices of the channel scheme."""
+        thin = all(size == 1 for size in layer.kernel_size[1:])
+        return thin and (not layer.transposed or all(stride == 1 for stride in layer.stride[1:]))
+
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
         found = patches(layer, x, kernel_axes(layer)[:1])  # (g, samples, c/g * k1)
         return None if found is None else found.unflatten(2, (-1, layer.kernel_size[0])).transpose(2, 3).flatten(2)
