@@ -11,20 +11,27 @@ import rankprune as rp
 from example_results import WICKED, decomposed, every_kind_of_run, result
 from rankprune.cli.app import app
 from rankprune.projection import planned_spectra
+from rankprune.report import tables as report_tables
 from rankprune.report.axes import Axis, axis_of, tick_label, tick_labels
-from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, with_note
+from rankprune.report.markdown import BEGIN, END, markdown, markdown_table, replace_between_marks, under_names
 from rankprune.report.names import told_apart
 from rankprune.report.plots import plot_accuracy, plot_results, plot_training
 from rankprune.report.results import machine, read_results
-from rankprune.report.tables import Table, config, latency, overview, ranks_over_training, ranks_together, run_tables, tables
+from rankprune.report.tables import Table, config, latency, ranks_over_training, ranks_together, run_tables, tables
 
 ROOT = Path(__file__).parent.parent
+
+
+def overview(results: list[dict]) -> Table:
+    """That of results of one network on the same images."""
+    (table,) = report_tables.overview(results)
+    return table
 
 
 def test_rows_hold_mean_spread_drop_and_ratios():
     table = markdown_table(overview([result("trp", 88.0), result("trp", 89.0, seed=1), result("dense", 90.0)]))
     dense, trp = table.splitlines()[2:]
-    assert dense.startswith("| resnet20 | dense |")
+    assert dense.startswith("| dense |")
     assert "| 90.00 |" in dense
     assert "| 88.50 ± 0.71 | 1.50 ± 0.71 | 400 | 2.50x | 50 | 2.00x | 5.0 | 2.00x |" in trp
 
@@ -39,7 +46,7 @@ def test_times_of_several_machines_are_neither_averaged_nor_taken_for_one():
     machines = [{"cpu": "one", "threads": 2}, {"cpu": "two", "threads": 1}, {"cpu": "one", "threads": 2}]
     seeds = [result("trp", 88.0, i, ms=ms, **m) for i, (ms, m) in enumerate(zip((4.0, 9.0, 6.0), machines, strict=True))]
     table = overview([*seeds, result("ours", 89.0, **machines[1])])
-    assert {row[1]: row[-2:] for row in table.rows} == {"trp": ("5.0 (B)", "2.00x"), "ours": ("5.0 (A)", "2.00x")}
+    assert {row[0]: row[-2:] for row in table.rows} == {"trp": ("5.0 (B)", "2.00x"), "ours": ("5.0 (A)", "2.00x")}
     assert table.note.endswith("ms: A on two, 1 thread; B on one, 2 threads.")
     assert overview(seeds).rows[0][-2:] == ("5.0", "2.00x")
     untimed = {k: v for k, v in result("trp", 88.0, 3).items() if k not in ("ms", "ms_dense")}
@@ -48,7 +55,7 @@ def test_times_of_several_machines_are_neither_averaged_nor_taken_for_one():
 
 def test_what_is_fine_tuned_says_from_where():
     table = overview([result("decompose+finetune", 88.0 + seed, seed, top1_before_finetuning=60.0 + seed) for seed in (0, 2)])
-    assert table.rows[0][4] == "89.00 ± 1.41 (from 61.00 ± 1.41)"
+    assert table.rows[0][3] == "89.00 ± 1.41 (from 61.00 ± 1.41)"
     assert "From: before fine-tuning." in table.note
     assert "From" not in overview([result("trp", 88.0)]).note
 
@@ -75,10 +82,11 @@ def test_the_time_that_training_waited_for_images_is_told():
 
 def test_other_images_are_told_and_drawn_apart(tmp_path):
     results = [result("trp", 88.0), result("trp", 60.0, dataset="other"), result("trp", 70.0, test_split="holdout")]
-    table = overview(results)
-    assert table.columns[:2] == ("network", "images")
-    assert [row[1] for row in table.rows] == ["cifar10", "cifar10, holdout", "other"]
-    assert "images" not in overview(results[:1]).columns
+    each = report_tables.overview(results)
+    assert [table.title for table in each] == [f"resnet20 on {images}" for images in ("cifar10", "cifar10, holdout", "other")]
+    assert [bool(table.note) for table in each] == [False, False, True]
+    assert under_names(each).count("**resnet20 on ") == 3
+    assert "**" not in under_names(each[:1])
     plot_accuracy(tmp_path / "a.svg", results)
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 3
 
@@ -183,7 +191,7 @@ def test_a_row_without_a_reference_has_no_drop():
 def test_rows_differ_by_what_they_had_help_from():
     taught = {"start": "a", "training": {"distill": 0.7, "seed": 3}}
     table = markdown_table(overview([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)]))
-    assert [row.split(" | ")[1] for row in table.splitlines()[2:]] == ["ours", "ours distilled"]
+    assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == ["| ours", "| ours distilled"]
     assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
 
 
@@ -194,21 +202,21 @@ def with_settings(name: str, top1: float, seed: int = 0, **training: object) -> 
 
 def test_rows_that_look_the_same_say_what_their_settings_differ_in(tmp_path):
     runs = [with_settings("a", 88.0), with_settings("b", 87.0, lr=0.02), with_settings("c", 89.0, 1, lr=0.02)]
-    assert [row[1:5:3] for row in overview(runs).rows] == [("ours, lr 0.05", "88.00"), ("ours, lr 0.02", "88.00 ± 1.41")]
+    assert [row[0:4:3] for row in overview(runs).rows] == [("ours, lr 0.05", "88.00"), ("ours, lr 0.02", "88.00 ± 1.41")]
     assert [told_apart(runs)(run) for run in runs[:2]] == ["ours spatial, lr 0.05", "ours spatial, lr 0.02"]
     warm = with_settings("d", 88.0, warmup_steps=9)
-    assert [row[1] for row in overview([runs[0], warm]).rows] == ["ours, warmup_steps off", "ours, warmup_steps 9"]
-    assert [row[1] for row in overview(runs[1:]).rows] == ["ours"], "seeds are no settings"
+    assert [row[0] for row in overview([runs[0], warm]).rows] == ["ours, warmup_steps off", "ours, warmup_steps 9"]
+    assert [row[0] for row in overview(runs[1:]).rows] == ["ours"], "seeds are no settings"
 
 
 def test_what_is_not_the_test_split_says_so():
-    assert overview([result("trp", 88.0, test_split="holdout")]).rows[0][1] == "cifar10, holdout"
+    assert overview([result("trp", 88.0, test_split="holdout")]).title == "resnet20 on cifar10, holdout"
 
 
 def test_photographs_of_other_sizes_are_drawn_apart(tmp_path):
     sizes = [{"start": "a", "photographs": {"test_size": size, "test_resize": size}} for size in (112, 224)]
     runs = [result("trp", 60.0 + i, name=str(i), config=config) for i, config in enumerate(sizes)]
-    assert [row[1] for row in overview(runs).rows] == ["cifar10, 112 x 112", "cifar10, 224 x 224"]
+    assert [table.title[12:] for table in report_tables.overview(runs)] == ["cifar10, 112 x 112", "cifar10, 224 x 224"]
     plot_accuracy(tmp_path / "a.svg", runs)
     assert (tmp_path / "a.svg").read_text().count("<!-- share of MACs left -->") == 2
 
@@ -216,7 +224,7 @@ def test_photographs_of_other_sizes_are_drawn_apart(tmp_path):
 def test_trp_by_a_budget_is_told_from_trp_by_a_threshold():
     runs = [decomposed(name, "trp", "spatial", 80.0) for name in ("a", "b")]
     runs[0]["config"]["trp"]["rule"] = "Budget(macs=0.5)"
-    assert sorted(row[1] for row in overview(runs).rows) == ["trp", "trp by budget"]
+    assert sorted(row[0] for row in overview(runs).rows) == ["trp", "trp by budget"]
 
 
 def test_pictures_of_results(tmp_path):
@@ -251,7 +259,7 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 
 def test_the_readme_shows_the_table_of_the_committed_results():
-    table = with_note(overview(read_results([ROOT / "benchmarks" / "results"])))
+    table = under_names(report_tables.overview(read_results([ROOT / "benchmarks" / "results"])))
     assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text(), "run: rankprune report --into README.md"
 
 
@@ -282,8 +290,8 @@ def test_the_spectrum_of_several_matrices_is_their_root_mean_square():
 def test_one_run_has_all_tables_and_several_are_set_side_by_side():
     runs = every_kind_of_run()
     titles = ["Figures", "Latency", "Ranks over training", "Spectra", "Cost per layer", "Layers that stay dense", "Config"]
-    assert [table.title for table in tables(runs[1:2])] == ["Results", *titles]
-    assert [table.title for table in tables(runs)] == ["Results", "Ranks of net, run by run"]
+    assert [table.title for table in tables(runs[1:2])] == ["net on images", *titles]
+    assert [table.title for table in tables(runs)] == ["net on images", "other net on images", "Ranks of net, run by run"]
     for table in (t for run in runs for t in (*tables([run]), *tables(runs))):
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
 
@@ -378,13 +386,13 @@ def test_the_command_writes_every_form(tmp_path):
     readme, html, plots = tmp_path / "README.md", tmp_path / "page.html", tmp_path / "plots"
     readme.write_text(f"{BEGIN}\n{END}")
     text = report(str(tmp_path), "--into", str(readme), "--plots", str(plots), "--html", str(html))
-    assert "| net | trp | spatial | 3 | 88.50 ± 0.71 |" in readme.read_text()
+    assert "| trp | spatial | 3 | 88.50 ± 0.71 |" in readme.read_text()
     assert (plots / "accuracy.svg").is_file()
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [line.split()[0] for line in text.splitlines()] == ["page", "table", "plot"]
     assert "Ranks of net" not in text
     both = CliRunner().invoke(app, ["report", str(tmp_path), "--markdown", "--html", str(html)], catch_exceptions=False)
-    assert (both.stdout.split()[:2], both.stderr.split()[0]) == (["##", "Results"], "page")
+    assert (both.stdout.split()[:2], both.stderr.split()[0]) == (["##", "net"], "page")
     with pytest.raises(rp.RankPruneError, match="--each would do nothing: of a single run"):
         report(str(tmp_path / "trained.json"), "--each")
 

@@ -152,6 +152,20 @@ def test_every_picture_is_drawn_and_nothing_is_wider_than_the_page(opened: Tab, 
     assert opened.value("document.body.scrollWidth") <= width
 
 
+def test_on_a_phone_texts_in_pictures_are_large_enough_and_do_not_cover_each_other(opened: Tab) -> None:
+    opened.show(360, 800, "light")
+    sizes = """[...document.querySelectorAll('svg text')].map(t =>
+        parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().d).filter(Boolean)"""
+    assert min(opened.value(sizes)) > 10
+    covered = """[...document.querySelectorAll('svg[role=img]')].flatMap(s => {
+        const boxes = [...s.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+        const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+            && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
+        return boxes.flatMap(([text, a], i) => boxes.slice(i + 1).filter(([, b]) => meet(a, b)).map(([other]) =>
+            [s.getAttribute('aria-label'), text, other]))})"""
+    assert opened.value(covered) == []
+
+
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_paper_and_ink_follow_the_readers_scheme(opened: Tab, scheme: str, dark: bool) -> None:
     opened.show(1200, 800, scheme)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+DEPTH = 12
+"""So many points of accuracy below its best a picture shows; what is further down is told at its lower edge."""
+
 
 @dataclass(frozen=True)
 class Axis:

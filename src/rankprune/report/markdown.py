@@ -20,6 +20,12 @@ def with_note(table: Table) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def under_names(tables: Sequence[Table]) -> str:
+    """Tables for a place below a heading, each under its title in bold where there are several."""
+    titles = [f"**{_escaped(table.title)}**" for table in tables] if len(tables) > 1 else [""]
+    return "\n\n".join(part for title, table in zip(titles, tables, strict=True) for part in (title, with_note(table)) if part)
+
+
 def markdown(tables: Sequence[Table]) -> str:
     """Tables under their titles, each with its note."""
     return "\n\n".join(part for table in tables for part in (f"## {_escaped(table.title)}", with_note(table)) if part)

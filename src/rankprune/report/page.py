@@ -3,7 +3,6 @@
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -72,11 +71,7 @@ def _head(title: str) -> Element:
 
 def _side_by_side(results: Sequence[Result]) -> Element:
     overview = tables.overview(results)
-    if len({r["model"] for r in results}) == 1:  # the page's title names it, and a phone is narrow
-        overview = replace(
-            overview, columns=overview.columns[1:], rows=[row[1:] for row in overview.rows], words=overview.words - 1
-        )
-    parts = [_scrolled(overview)]
+    parts = [_scrolled(overview[0])] if len(overview) == 1 else [_titled(table) for table in overview]
     for title, together in drawn_together(results):
         parts += _accuracy(title, together)
     if len(results) > 1:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from xml.etree.ElementTree import Element
 
 from rankprune.plan import LayerPlan
-from rankprune.report.axes import Axis, axis_of, tick_labels
+from rankprune.report.axes import DEPTH, Axis, axis_of, tick_labels
 from rankprune.report.markup import element
 from rankprune.report.results import of_full
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 WIDTH = 360
 """Of all pictures but the small ones, in pixels: what a phone shows."""
-NAMES = 104
+NAMES = 114
 """Of those, how many hold the names of layers."""
 ROW = 14
-CHARACTER = 7.5
+CHARACTER = 8
 """Pixels that a figure is wide, at most."""
 
 
@@ -38,19 +38,28 @@ class Point:
 def scatter(
     points: Sequence[Point], x_title: str, y_title: str, said: str, reference: float, whole: tuple[float, float] | None = None
 ) -> Element:
-    """Marks over two axes, with a vertical line where x is `reference`; x spans `whole`, or just the points."""
-    height, bottom = 250, 214
+    """Marks over two axes, with a vertical line where x is `reference`; x spans `whole`, or just the points.
+
+    A mark more than DEPTH below the highest stands at the lower edge, with its value beside it.
+    """
+    height, bottom = 254, 214
     left, right = 50, WIDTH - 12
     x = Axis(*whole, left, right) if whole else axis_of([*(p.x for p in points), reference], left, right)
-    y = axis_of([value for p in points for value in (p.low, p.high)], bottom, 14)
+    floor = max(p.y for p in points) - DEPTH
+    y = axis_of([max(value, floor) for p in points for value in (p.low, p.high)], bottom, 14)
     parts = _frame(x, y, bottom, x_title, y_title)
     parts.append(element("line", x1=x(reference), x2=x(reference), y1=14, y2=bottom, class_="reference"))
+    deep = 0
     for p in points:
         whisker = element("line", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), class_="line")
         mark = element("g", element("title", p.tip), class_=f"k{p.colour}")
         mark.extend([whisker] if p.high > p.low else [])
         mark.append(element("path", d=_mark(p.shape, x(p.x), y(p.y)), class_="mark"))
         parts.append(mark)
+        if p.y < floor:  # one figure above the other, for such marks can stand close together
+            beside, side = (-9, "end") if x(p.x) + 60 > right else (9, "start")
+            parts.append(element("text", f"\u2193 {p.y:.1f}", x=x(p.x) + beside, y=bottom - 6 - 13 * (deep % 6), class_=side))
+            deep += 1
     return _svg(WIDTH, height, said, parts)
 
 
@@ -62,7 +71,7 @@ def swatch(colour: int, shape: str) -> Element:
 
 def curve(values: Sequence[tuple[float, float]], x_title: str, y_title: str, said: str) -> Element:
     """One line through points."""
-    height, bottom = 190, 154
+    height, bottom = 194, 154
     x = Axis(values[0][0], values[-1][0], 50, WIDTH - 12)
     y = axis_of([0.0, *(b for _, b in values)], bottom, 14)
     parts = _frame(x, y, bottom, x_title, y_title)
@@ -127,8 +136,8 @@ def bars(layers: Sequence[LayerPlan], examples: str, said: str) -> Element:
         parts.append(element("g", element("title", f"{e.name}: {what}"), wide, *([narrow] if e.becomes_pair else [])))
         parts.append(_layer_name(e.name, y))
         parts.append(element("text", rank, x=right + 4, y=y + ROW - 4))
-    parts.append(element("text", f"MACs of {examples}", x=(left + right) / 2, y=bottom + 28, class_="middle title"))
-    return _svg(WIDTH, bottom + 34, said, parts)
+    parts.append(element("text", f"MACs of {examples}", x=(left + right) / 2, y=bottom + 33, class_="middle title"))
+    return _svg(WIDTH, bottom + 38, said, parts)
 
 
 def spectrum(before: Sequence[float], after: Sequence[float], rank: int | None, said: str) -> Element:
@@ -165,7 +174,7 @@ def _frame(x: Axis, y: Axis, bottom: float, x_title: str, y_title: str) -> list[
     labels = zip(y.ticks(), tick_labels(y.ticks()), strict=True)
     parts += [element("text", label, x=x.start - 5, y=y(t) + 4, class_="end") for t, label in labels]
     parts += _grid(x, y.end, bottom)
-    parts.append(element("text", x_title, x=(x.start + x.end) / 2, y=bottom + 31, class_="middle title"))
+    parts.append(element("text", x_title, x=(x.start + x.end) / 2, y=bottom + 33, class_="middle title"))
     middle = (y.start + y.end) / 2
     parts.append(element("text", y_title, x=12, y=middle, transform=f"rotate(-90 12 {middle:g})", class_="middle title"))
     return parts
@@ -175,7 +184,7 @@ def _grid(x: Axis, top: float, bottom: float) -> list[Element]:
     ticks = x.ticks()
     parts = [element("line", x1=x(t), x2=x(t), y1=top, y2=bottom, class_="grid") for t in ticks]
     labels = zip(ticks, tick_labels(ticks), strict=True)
-    return parts + [element("text", label, x=x(t), y=bottom + 14, class_="middle") for t, label in labels]
+    return parts + [element("text", label, x=x(t), y=bottom + 17, class_="middle") for t, label in labels]
 
 
 def _beside(texts: Iterable[str]) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankprune.comparison import CurvePoint
 from rankprune.errors import MissingExtraError
+from rankprune.report.axes import DEPTH
 from rankprune.report.names import drawn_together, told_apart
 from rankprune.report.results import Result, mean_of, seeds_together
 from rankprune.report.tables import rank_history
@@ -21,8 +22,6 @@ PANELS = 2
 """How many stand beside each other, to be read on a page."""
 LISTED = 20
 """So many layers have names in a picture; of more only the first and the last."""
-DEPTH = 12
-"""So many points of accuracy below its best a panel shows."""
 
 Spectra = Mapping[str, Sequence[float]]
 History = Sequence[tuple[float, Mapping[str, int]]]

@@ -37,15 +37,15 @@ class Table:
 
 
 def tables(results: Sequence[Result], each: bool = False) -> list[Table]:
-    """The overview; then, of one run all the tables, and of several the ranks of each network side by side.
+    """The overview of each network; then, of one run all the tables, and of several the ranks of each side by side.
 
     With `each`, all the tables of every run follow these, under its name.
     """
     if len(results) == 1:
-        return [overview(results), *run_tables(results[0])]
+        return [*overview(results), *run_tables(results[0])]
     runs = in_order(results) if each else []
     named = [replace(table, title=f"{r['name']}: {table.title}") for r in runs for table in run_tables(r)]
-    return [overview(results), *ranks_together(results), *named]
+    return [*overview(results), *ranks_together(results), *named]
 
 
 def run_tables(r: Result) -> list[Table]:
@@ -55,32 +55,32 @@ def run_tables(r: Result) -> list[Table]:
     return [figures(r), latency(r), ranks_over_training(r), spectra(r), layers(r), skipped(r), config(r)]
 
 
-def overview(results: Sequence[Result]) -> Table:
-    """One row for each experiment, seeds averaged: accuracy, drop against its dense reference, cost, time.
+def overview(results: Sequence[Result]) -> list[Table]:
+    """For each network on the same images one row for each experiment, seeds averaged: accuracy, drop, cost, time.
 
     The drop is the reference's accuracy minus that after decomposition, in points. Where several machines took the times,
-    each time names its own by a letter.
+    each time names its own by a letter. The last of the tables has the note for all.
     """
     columns = ("method", "scheme", "epochs", "top-1 %", "drop", "MACs", "fewer", "params", "fewer", "ms, batch 64", "faster")
     groups = seeds_together(in_order(results))
     epochs, settings = epochs_among(results), settings_apart(results)
     machines = dict.fromkeys(filter(None, (machine(r) for r in map(mean_of, groups) if is_timed(r))))
     letters = dict(zip(machines, ascii_uppercase, strict=False)) if len(machines) > 1 else {}
-    names = [", ".join(filter(None, (method(group[0]), settings(group[0])))) for group in groups]
-    rows = [_row(group, name, epochs(group[0]), letters) for name, group in zip(names, groups, strict=True)]
-    first: tuple[str, ...] = ("network",)
-    networks = [(group[0]["model"],) for group in groups]
-    if len({task(r) for r in results}) > 1 or any(r["test_split"] != "test" for r in results):
-        first, networks = ("network", "images"), [(group[0]["model"], task(group[0])) for group in groups]
+    rows: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for group in groups:
+        name = ", ".join(filter(None, (method(group[0]), settings(group[0]))))
+        rows[f"{group[0]['model']} on {task(group[0])}"].append(_row(group, name, epochs(group[0]), letters))
     note = "Drop: the dense network of the same seed minus the decomposed one."
     unknown = any("top1_dense" not in r for r in results if r["method"] != "dense")
     note += " Where it is blank, no dense network was named to compare with." if unknown else ""
     tuned = any("top1_before_finetuning" in r for r in results)
     note += " From: before fine-tuning." if tuned else ""
-    note += " Means over seeds, ± their standard deviation." if len(rows) < len(results) else ""
+    if len(groups) < len(results):
+        note += " Means over seeds, ± their standard deviation"
+        note += "; their times are of one machine." if letters else "."
     note += f" ms: {'; '.join(f'{letter} on {name}' for name, letter in letters.items())}." if letters else ""
-    rows = [(*network, *row) for network, row in zip(networks, rows, strict=True)]
-    return Table("Results", (*first, *columns), rows, words=len(first) + 2, note=note)
+    found = [Table(title, columns, made, words=2) for title, made in rows.items()]
+    return [*found[:-1], replace(found[-1], note=note)]
 
 
 def _row(group: list[Result], name: str, epochs: str, letters: Mapping[str, str]) -> tuple[str, ...]:
