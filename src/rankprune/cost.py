@@ -140,8 +140,8 @@ def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
 
 
 def _reads_for_fsdp(frame: FrameType) -> bool:
-    """Whether this is FSDP's own code, which puts the weights of a layer together and apart; wrappers read for others."""
-    inside = frame.f_globals.get("__name__", "").startswith("torch.distributed.")
+    """Whether this is FSDP's own code or ours, which puts weights together and apart; wrappers read for others."""
+    inside = frame.f_globals.get("__name__", "").startswith(("torch.distributed.", "rankprune.distributed"))
     return inside and frame.f_code.co_name != "__getattr__"
 
 
