@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import own_clock
 import rankprune as rp
 from own_clock import budget, measured, network
-from rankprune.backends import Program
+from rankprune.backends import Backend, Program
 from rankprune.comparison import compare
 from rankprune.distributed import Team
 from rankprune.inputs import Inputs
@@ -143,13 +143,14 @@ def test_a_machine_too_noisy_is_told_of_and_nothing_is_kept(cache_by_own_clock: 
     assert measured(model, x, budget(0.9)).network_ns != noisy_ns
 
 
-def test_too_little_memory_for_timing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name"), [(meter, "time_together"), (Backend, "_load_each")], ids=["timed", "loaded"])
+def test_too_little_memory_for_timing_is_told(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("2 GiB are not there")
 
-    monkeypatch.setattr(meter, "time_together", too_large)
+    monkeypatch.setattr(place, name, too_large)
     with pytest.raises(rp.RankPruneError, match=r"too little memory to time .*2 GiB are not there"):
-        measured(*network(), budget(0.9))
+        measured(*network(), rp.Budget(latency=0.9))
 
 
 def test_of_several_tries_the_calmest_counts(monkeypatch: pytest.MonkeyPatch) -> None:

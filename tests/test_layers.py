@@ -117,6 +117,15 @@ class TiedByMemory(Tied):
         self.b.weight = nn.Parameter(self.a.weight.detach())
 
 
+class TiedByAPart(Tied):
+    """The second half of one weight is the first of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        both = torch.randn(24, 16)
+        self.a.weight, self.b.weight = nn.Parameter(both[:16]), nn.Parameter(both[8:])
+
+
 class TiedBias(nn.Module):
     """A linear layer whose bias is a scale's, too."""
 
@@ -168,6 +177,7 @@ RUNNING = {
     "tied, first": (Tied, "odd.a", "shared with 'odd.b'"),
     "tied, second": (Tied, "odd.b", "shared with 'odd.a'"),
     "tied by memory": (TiedByMemory, "odd.b", "its weight is shared with 'odd.a'"),
+    "tied by a part": (TiedByAPart, "odd.b", "its weight is shared with 'odd.a'"),
     "tied bias": (TiedBias, "odd.a", "its bias is shared with 'odd.scale'"),
     "subclass": (lambda: Doubled(16, 16), "odd", "Doubled is a subclass of Linear"),
     "conv subclass": (lambda: OnFields(DoubledConv(4, 4, 1)), "odd.inner", "DoubledConv is a subclass of Conv2d"),

@@ -12,7 +12,7 @@ import pytest
 import rankprune as rp
 from example_results import WICKED, decomposed, dense, every_kind_of_run
 from rankprune.report.page import page
-from rankprune.report.pictures import bars, curve, heat_map, spectrum
+from rankprune.report.pictures import Point, bars, curve, heat_map, scatter, spectrum
 from rankprune.report.tables import OLDER
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -211,3 +211,13 @@ def test_long_spectra_are_thinned_and_keep_both_ends() -> None:
     assert len(points) == 80
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(points))
     assert (points[0][1], points[-1][0]) == (8.0, 154.0)
+
+
+def test_what_is_far_below_the_best_stands_at_the_lower_edge_with_its_value() -> None:
+    points = [
+        Point(x, top, top, top, 1, "circle", "") for x, top in ((10, 90.0), (50, 79.0), (50, 40.0), (52, 30.0), (95, 20.0))
+    ]
+    drawn = scatter(points, "x", "y", "said", 100, whole=(0, 100))
+    told = [(text.text, float(text.attrib["y"])) for text in drawn.iter("text") if "\u2193" in str(text.text)]
+    assert [text for text, _ in told] == ["\u2193 40.0", "\u2193 30.0", "\u2193 20.0"]
+    assert told[0][1] == told[2][1] > told[1][1], "close ones one above the other"

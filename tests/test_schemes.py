@@ -236,6 +236,8 @@ def test_auto_means_every_scheme_that_can_express_the_layer() -> None:
     names = lambda layer: [s.name for s in schemes_for("auto", layer)[0]]  # noqa: E731
     assert names(nn.Conv2d(4, 4, 3)) == list(CONV_SCHEMES)
     assert names(nn.ConvTranspose3d(4, 4, 1, stride=2)) == ["channel", "spatial"]
+    assert names(nn.ConvTranspose2d(4, 4, 1, dilation=3, output_padding=(0, 1))) == ["channel", "spatial"]
+    assert names(nn.Conv2d(4, 4, 1, padding=1)) == ["channel", "spatial"], "whose pair pads along one axis first"
     assert names(nn.Linear(4, 4)) == ["linear"]
 
 
@@ -246,7 +248,9 @@ def test_auto_means_every_scheme_that_can_express_the_layer() -> None:
         nn.Conv2d(6, 4, 1, stride=2),
         nn.Conv2d(6, 4, (3, 1), groups=2),
         nn.ConvTranspose1d(6, 4, 3, stride=2),
-        nn.ConvTranspose3d(6, 4, 1),
+        nn.Conv2d(6, 4, (3, 1), padding="same", dilation=2),
+        nn.Conv2d(6, 4, (3, 1), padding=(1, 0)),
+        nn.ConvTranspose3d(6, 4, 1, padding=1),
     ],
     ids=str,
 )

@@ -128,7 +128,7 @@ def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
     kind = type(module)
 
     def tell(layer: nn.Module, attribute: str) -> Any:
-        if attribute not in _OF_A_PAIR and not _reads_for_fsdp(sys._getframe(1)):
+        if attribute not in _OF_A_PAIR and not _reads_to_shard(sys._getframe(1)):
             read(attribute)
         return kind.__getattribute__(layer, attribute)
 
@@ -139,7 +139,7 @@ def _watched(module: nn.Module, read: Callable[[str], None]) -> Iterator[None]:
         module.__class__ = kind
 
 
-def _reads_for_fsdp(frame: FrameType) -> bool:
+def _reads_to_shard(frame: FrameType) -> bool:
     """Whether this is FSDP's own code or ours, which puts weights together and apart; wrappers read for others."""
     inside = frame.f_globals.get("__name__", "").startswith(("torch.distributed.", "rankprune.distributed"))
     return inside and frame.f_code.co_name != "__getattr__"

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -137,30 +138,36 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def _shared_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Name of a module -> which of its parameters another module holds, too, and which one."""
-    owners: dict[Hashable, dict[str, str]] = defaultdict(dict)
+    """Name of a module -> which of its parameters another module holds, too, or has in the same memory, and which one."""
+    owners: dict[Hashable, list[tuple[str, str]]] = defaultdict(list)
+    spans: dict[int, list[tuple[int, int, str, str]]] = defaultdict(list)
     for name, module in modules.items():
         for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[_memory(parameter)].setdefault(name, attribute)
+            if parameter is None:
+                continue
+            if is_lazy(parameter) or type(parameter.data) is not Tensor or not _has_memory(parameter):
+                owners[id(parameter)].append((name, attribute))
+            else:
+                start = parameter.data_ptr()
+                length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+                end = start + length * parameter.element_size()
+                spans[parameter.untyped_storage().data_ptr()].append((start, end, name, attribute))
+    for storage, parts in spans.items():
+        reached, group = 0, 0
+        for start, end, name, attribute in sorted(parts, key=itemgetter(0)):  # of one start in the model's order
+            group += start >= reached
+            reached = max(reached, end)
+            owners[storage, group].append((name, attribute))
     shared = {}
-    for names in owners.values():
-        for name, attribute in names.items():
-            if other := next((n for n in names if n != name), None):
+    for holders in owners.values():
+        for name, attribute in holders:
+            if other := next((n for n, _ in holders if n != name), None):
                 shared.setdefault(name, f"its {attribute} is shared with {other!r}")
     return shared
 
 
-def _memory(parameter: nn.Parameter) -> Hashable:
-    """Equal for two parameters of which one changes when the other is written to."""
-    if (
-        is_lazy(parameter)
-        or type(parameter.data) is not Tensor
-        or parameter.layout != torch.strided
-        or not parameter.data_ptr()
-    ):
-        return id(parameter)
-    return (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
+def _has_memory(parameter: nn.Parameter) -> bool:
+    return parameter.layout == torch.strided and not parameter.is_meta and parameter.data_ptr() != 0
 
 
 def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, str | None] | None) -> str | None:

@@ -36,7 +36,7 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
         if own_type(module).__name__ != entry.kind or shape != entry.shape:
             raise RankPruneError(
                 f"the plan has layer {name!r} as {entry.kind} with a weight of shape {entry.shape}; this model has "
-                f"{type(module).__name__} with {shape}: make a new plan for it"
+                f"{own_type(module).__name__} with {shape}: make a new plan for it"
             )
         scheme = SCHEMES.get(entry.scheme or "")
         if scheme is None or scheme.unsupported(module):

@@ -37,9 +37,11 @@ def saved_name(name: str) -> str:
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:
-    """The type that a module was made with: fully_shard derives another from it for each module that it is called with."""
+    """The type that a module was made with: fully_shard gives it one that it derives from that."""
     kind = type(module)
-    return kind.__bases__[-1] if kind.__bases__[0].__name__ in _SHARDED else kind
+    added = kind.__bases__[0]
+    derived = kind.__module__.startswith("torch.distributed.") and added.__name__ in _SHARDED
+    return kind.__bases__[-1] if derived else kind
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -55,7 +55,7 @@ class Backend(ABC):
         """Whether its package is there."""
         try:
             return find_spec(self.package) is not None
-        except ModuleNotFoundError:  # the package that it is a part of
+        except ModuleNotFoundError:  # its parent package is missing
             return False
 
     @property
@@ -115,6 +115,7 @@ class Backend(ABC):
         Raises:
             MissingExtraError: if the backend is not installed.
             ExportError: if it cannot take the model.
+            torch.OutOfMemoryError: if there is too little memory.
         """
         return self.load_each([model], x)[0]
 
@@ -127,7 +128,7 @@ class Backend(ABC):
             for program in programs:
                 program(x)  # some refuse only now
             return programs
-        except ExportError:
+        except (ExportError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise refused(models[0], self.name, error) from error

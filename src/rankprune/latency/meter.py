@@ -149,13 +149,17 @@ class Meter:
         return {"dense": found[""], "pairs": by_scheme, "spread": noise}
 
     def check(self, model: nn.Module, x: Inputs) -> None:
-        """Make sure that the backend can take the network. Raises what its load() does."""
+        """Make sure that the backend can take the network.
+
+        Raises:
+            RankPruneError: what its load() does; if there is too little memory.
+        """
 
         def load() -> dict[str, Any]:
             self._backend.load(model, x)
             return {"spread": 0.0}
 
-        self.cache.get(f"{described(model, x)} can be taken", load)
+        self._found(f"{described(model, x)} can be taken", load)
 
     def network(
         self, model: nn.Module, x: Inputs, subjects: Mapping[str, Subject], variants: Sequence[Variant], dense_ns: int | None
@@ -178,12 +182,15 @@ class Meter:
         return [round(ms * 1e6) for ms in found["ms"]], found["busy"]
 
     def _known(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            found = self.cache.get(key, measure)
-        except torch.OutOfMemoryError as error:  # a training's own weights and states may leave too little
-            raise RankPruneError(f"there is too little memory to time layers and networks here ({error})") from error
+        found = self._found(key, measure)
         self.spreads.append(found["spread"])
         return found
+
+    def _found(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return self.cache.get(key, measure)
+        except torch.OutOfMemoryError as error:  # a training's own weights and states may leave too little
+            raise RankPruneError(f"there is too little memory to time layers and networks here ({error})") from error
 
     def _time(self, models: Sequence[nn.Module], x: Inputs, first_ms: float | None = None) -> tuple[list[float], float]:
         """The models' medians, and the median of their spreads, or how far the first is above `first_ms` if that is more.

@@ -40,7 +40,7 @@ def scatter(
 ) -> Element:
     """Marks over two axes, with a vertical line where x is `reference`; x spans `whole`, or just the points.
 
-    A mark more than DEPTH below the highest stands at the lower edge, with its value beside it.
+    A mark far below, by more than DEPTH from the highest, stands at the lower edge, with its value beside or above it.
     """
     height, bottom = 254, 214
     left, right = 50, WIDTH - 12
@@ -49,17 +49,18 @@ def scatter(
     y = axis_of([max(value, floor) for p in points for value in (p.low, p.high)], bottom, 14)
     parts = _frame(x, y, bottom, x_title, y_title)
     parts.append(element("line", x1=x(reference), x2=x(reference), y1=14, y2=bottom, class_="reference"))
-    deep = 0
+    deep: list[float] = []
     for p in points:
         whisker = element("line", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), class_="line")
         mark = element("g", element("title", p.tip), class_=f"k{p.colour}")
         mark.extend([whisker] if p.high > p.low else [])
         mark.append(element("path", d=_mark(p.shape, x(p.x), y(p.y)), class_="mark"))
         parts.append(mark)
-        if p.y < floor:  # one figure above the other, for such marks can stand close together
+        if p.y < y.low:
+            level = sum(abs(x(p.x) - other) < 60 for other in deep)  # figures of close marks stand one above the other
             beside, side = (-9, "end") if x(p.x) + 60 > right else (9, "start")
-            parts.append(element("text", f"\u2193 {p.y:.1f}", x=x(p.x) + beside, y=bottom - 6 - 13 * (deep % 6), class_=side))
-            deep += 1
+            parts.append(element("text", f"\u2193 {p.y:.1f}", x=x(p.x) + beside, y=bottom - 6 - 13 * level, class_=side))
+            deep.append(x(p.x))
     return _svg(WIDTH, height, said, parts)
 
 

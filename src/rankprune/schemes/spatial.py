@@ -16,9 +16,16 @@ class Spatial(ConvolutionScheme):
     input_on_rows = True
 
     def repeats(self, layer: Convolution) -> bool:
-        """Where the kernel is 1 wide along all axes but the first these are the matrices of the channel scheme."""
-        thin = all(size == 1 for size in layer.kernel_size[1:])
-        return thin and (not layer.transposed or all(stride == 1 for stride in layer.stride[1:]))
+        """Where the kernel is 1 wide along all axes but the first these are the matrices of the channel scheme.
+
+        That one treats these axes in its first layer, and is the dearer one where they grow by it.
+        """
+        others = kernel_axes(layer)[1:]
+        if layer.transposed:
+            grows = any(layer.stride[i] > 1 or layer.output_padding[i] for i in others)
+        else:
+            grows = not isinstance(layer.padding, str) and any(layer.padding[i] for i in others)
+        return not grows and all(layer.kernel_size[i] == 1 for i in others)
 
     def input_patches(self, layer: Convolution, x: Tensor) -> Tensor | None:
         found = patches(layer, x, kernel_axes(layer)[:1])  # (g, samples, c/g * k1)
