@@ -26,6 +26,7 @@ def test_train_and_evaluate_resnet18_on_an_image_folder(tmp_path: Path, monkeypa
     data = ["--data", str(tmp_path / "two")]
     shown = invoke("train", "--model", "resnet18", *data, *options, "--out", str(tmp_path / "out"))
     assert "images/s" in shown
+    assert re.search(r": one process on (cpu|cuda:0), images of .*two", " ".join(shown.split()))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["model"], result["dataset"], result["train_images"], result["test_images"]) == ("resnet18", "two", 12, 4)
     for network, accuracy in (("before decomposition", result["top1_before_decomposition"]), ("decomposed", result["top1"])):

@@ -41,6 +41,8 @@ class TrainingBars:
             console=console,
             speed_estimate_period=120,
             disable=not (shown and console.is_terminal),
+            redirect_stdout=False,  # a process that is forked while the bar is drawn would wait for its lock for ever
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> "TrainingBars":

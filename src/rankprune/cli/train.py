@@ -10,7 +10,7 @@ from rankprune.cli.console import TrainingBars, say, show_table
 from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.errors import RankPruneError
 from rankprune.recipes import experiment as experiments
-from rankprune.recipes.data import place_of
+from rankprune.recipes.data import images_of, place_of
 from rankprune.recipes.networks import CHECKPOINT, IMAGENET, RUN, TIMM, TORCHVISION
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
@@ -157,6 +157,9 @@ def bench_run(
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
     with joined() as processes, TrainingBars(experiment.training.epochs, shown=processes.first) as bars:
+        if processes.first:
+            where = f"{processes.size} processes, of which the first" if processes.size > 1 else "one process"
+            say(f"{experiment.name}: {where} on {processes.device}, images of {images_of(experiment, folders.data)}")
         result = run(experiment, folders, bars.named(experiment.method) if processes.first else None, processes)
         if result is None:  # another process has it
             return

@@ -50,16 +50,26 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
     config = e.photographs
     if config is None:
         chosen = None
-        train, test = _splits(e.holdout, partial(load_images, place_of(e.dataset, folder)), "test")
+        train, test = _splits(e.holdout, partial(load_images, images_of(e, folder)), "test")
         digest = test.digest
         batches: Batches = TrainBatches(train, e.batch, **options)
         test_batches = partial(eval_batches, test, device=processes.device)
     else:
         chosen, digest = _source(config, folder), None
-        train, test = _splits(e.holdout, partial(load_photographs, place_of(chosen or e.dataset, folder)), config.test_split)
+        train, test = _splits(e.holdout, partial(load_photographs, images_of(e, folder)), config.test_split)
         batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
         test_batches = partial(centre_batches, test, config, device=processes.device)
     return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen, digest)
+
+
+def images_of(e: Experiment, folder: Path) -> str | Path:
+    """Where its images are.
+
+    Raises:
+        RankPruneError: if it names sources and none of them is there.
+    """
+    chosen = None if e.photographs is None else _source(e.photographs, folder)
+    return place_of(chosen or e.dataset, folder)
 
 
 def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:

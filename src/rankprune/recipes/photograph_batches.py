@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,7 @@ def _loaded(
         sampler=crops,
         num_workers=min(made.config.workers, _cores()),
         pin_memory=on_gpu,
+        worker_init_fn=_ignore_damaged_exif,
         generator=torch.Generator(),  # it seeds its workers from this instead of from the global one, which resuming restores
     )
     try:
@@ -188,6 +190,11 @@ def _loaded(
             yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
     except RankPruneError as error:  # a worker's comes with the worker's traceback before it
         raise RankPruneError(str(error).strip().splitlines()[-1].removeprefix(f"{_NAME}: ")) from None
+
+
+def _ignore_damaged_exif(_: int) -> None:
+    """Pillow warns of it for pictures that it decodes all the same; ImageNet has some."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 def _cores() -> int:
