@@ -1,11 +1,9 @@
 """Which layers of a model can be decomposed, and why the others cannot."""
 
 import inspect
-from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -137,37 +135,47 @@ def is_matrix(parameter: Tensor) -> bool:
     return sum(length > 1 for length in parameter.shape) >= 2
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Where in memory a parameter of a module is; one without memory to tell it by is known by itself alone."""
+
+    holder: str
+    attribute: str
+    storage: int
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, holder: str, attribute: str, parameter: nn.Parameter) -> "_Span":
+        if is_lazy(parameter) or type(parameter.data) is not Tensor or parameter.layout != torch.strided or parameter.is_meta:
+            return cls(holder, attribute, -id(parameter), 0, 1)
+        length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+        start = parameter.data_ptr()
+        return cls(holder, attribute, parameter.untyped_storage().data_ptr(), start, start + length * parameter.element_size())
+
+
 def _shared_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Name of a module -> which of its parameters another module holds, too, or has in the same memory, and which one."""
-    owners: dict[Hashable, list[tuple[str, str]]] = defaultdict(list)
-    spans: dict[int, list[tuple[int, int, str, str]]] = defaultdict(list)
-    for name, module in modules.items():
-        for attribute, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if is_lazy(parameter) or type(parameter.data) is not Tensor or not _has_memory(parameter):
-                owners[id(parameter)].append((name, attribute))
-            else:
-                start = parameter.data_ptr()
-                length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
-                end = start + length * parameter.element_size()
-                spans[parameter.untyped_storage().data_ptr()].append((start, end, name, attribute))
-    for storage, parts in spans.items():
-        reached, group = 0, 0
-        for start, end, name, attribute in sorted(parts, key=itemgetter(0)):  # of one start in the model's order
-            group += start >= reached
-            reached = max(reached, end)
-            owners[storage, group].append((name, attribute))
-    shared = {}
-    for holders in owners.values():
-        for name, attribute in holders:
-            if other := next((n for n, _ in holders if n != name), None):
-                shared.setdefault(name, f"its {attribute} is shared with {other!r}")
+    spans = [
+        _Span.of(name, attribute, parameter)
+        for name, module in modules.items()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and (is_lazy(parameter) or parameter.numel())
+    ]
+    overlapping: list[list[_Span]] = []
+    storage, reached = None, 0
+    for span in sorted(spans, key=lambda s: (s.storage, s.start)):  # of one start in the model's order
+        if span.storage != storage or span.start >= reached:
+            overlapping.append([])
+            storage, reached = span.storage, 0
+        overlapping[-1].append(span)
+        reached = max(reached, span.end)
+    groups = {span: group for group in overlapping for span in group}
+    shared: dict[str, str] = {}
+    for span in spans:
+        if other := next((s.holder for s in groups[span] if s.holder != span.holder), None):
+            shared.setdefault(span.holder, f"its {span.attribute} is shared with {other!r}")
     return shared
-
-
-def _has_memory(parameter: nn.Parameter) -> bool:
-    return parameter.layout == torch.strided and not parameter.is_meta and parameter.data_ptr() != 0
 
 
 def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[str, str | None] | None) -> str | None:
