@@ -37,13 +37,23 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class _Files:
-    paths: Sequence[str]
+    """Files by their paths, which stand in one tensor: of a million texts each worker would come to have a copy."""
+
+    paths: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> "_Files":
+        encoded = [os.fsencode(path) for path in paths]
+        ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
+        return cls(torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8), ends)
 
     def __getitem__(self, i: int) -> bytes:
-        return Path(self.paths[i]).read_bytes()
+        return Path(self.name(i)).read_bytes()
 
     def name(self, i: int) -> str:
-        return self.paths[i]
+        start = int(self.ends[i - 1]) if i else 0
+        return os.fsdecode(bytes(self.paths[start : int(self.ends[i])].tolist()))
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def _in_classes(images: dict[str, list[str]], classes: Iterable[str]) -> tuple[E
         where = images[unknown[0]][0]
         raise RankPruneError(f"{where!r} is of the class {unknown[0]!r}, of which train/ has no images")
     found = [(file, numbers[name]) for name, files in images.items() for file in files]
-    return _Files([path for path, _ in found]), [label for _, label in found], tuple(numbers)
+    return _Files.of([path for path, _ in found]), [label for _, label in found], tuple(numbers)
 
 
 def _read_parquet(files: list[Path]) -> tuple[Encoded, list[int], tuple[str, ...]]:
