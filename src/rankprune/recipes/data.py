@@ -13,7 +13,7 @@ from rankprune.recipes.batches import Batches, TrainBatches, eval_batches
 from rankprune.recipes.experiment import Experiment
 from rankprune.recipes.images import load_images
 from rankprune.recipes.labelled import Labelled
-from rankprune.recipes.photograph_batches import PhotographBatches, PhotographConfig, centre_batches
+from rankprune.recipes.photograph_batches import PhotographBatches, centre_batches
 from rankprune.recipes.photographs import HUB, load_photographs
 from rankprune.recipes.processes import Processes
 
@@ -47,16 +47,14 @@ def load_data(e: Experiment, folder: Path, processes: Processes) -> Data:
         "device": processes.device,
         "part": processes.part_of(e.batch),
     }
-    config = e.photographs
+    config, chosen, place, digest = e.photographs, _source(e, folder), images_of(e, folder), None
     if config is None:
-        chosen = None
-        train, test = _splits(e.holdout, partial(load_images, images_of(e, folder)), "test")
+        train, test = _splits(e.holdout, partial(load_images, place), "test")
         digest = test.digest
         batches: Batches = TrainBatches(train, e.batch, **options)
         test_batches = partial(eval_batches, test, device=processes.device)
     else:
-        chosen, digest = _source(config, folder), None
-        train, test = _splits(e.holdout, partial(load_photographs, images_of(e, folder)), config.test_split)
+        train, test = _splits(e.holdout, partial(load_photographs, place), config.test_split)
         batches = PhotographBatches(train, e.batch, config, e.training.epochs, **options)
         test_batches = partial(centre_batches, test, config, device=processes.device)
     return Data(batches, test_batches, len(train.classes), len(train), len(test), chosen, digest)
@@ -68,8 +66,7 @@ def images_of(e: Experiment, folder: Path) -> str | Path:
     Raises:
         RankPruneError: if it names sources and none of them is there.
     """
-    chosen = None if e.photographs is None else _source(e.photographs, folder)
-    return place_of(chosen or e.dataset, folder)
+    return place_of(_source(e, folder) or e.dataset, folder)
 
 
 def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tuple[Images, Images]:
@@ -83,12 +80,12 @@ def _splits(holdout: int, load: Callable[[str], Images], test_split: str) -> tup
     return train, test
 
 
-def _source(config: PhotographConfig, folder: Path) -> str | None:
-    """The first of the sources that is there; those of the hub are taken to be. None where none are named."""
-    there = (source for source in config.sources if source.startswith(HUB) or (folder / source).is_dir())
-    found = next(there, None)
-    if config.sources and found is None:
-        raise RankPruneError(f"none of {', '.join(config.sources)} is a folder in {str(folder)!r}")
+def _source(e: Experiment, folder: Path) -> str | None:
+    """The first of its sources that is there; those of the hub are taken to be. None where it names none."""
+    sources = () if e.photographs is None else e.photographs.sources
+    found = next((source for source in sources if source.startswith(HUB) or (folder / source).is_dir()), None)
+    if sources and found is None:
+        raise RankPruneError(f"none of {', '.join(sources)} is a folder in {str(folder)!r}")
     return found
 
 
