@@ -120,6 +120,13 @@ def test_a_groups_whitening_is_for_all_of_its_outputs():
     torch.testing.assert_close(left @ right, stack.double(), rtol=1e-6, atol=1e-8)
 
 
+def test_a_loader_of_inputs_and_labels_is_told_what_to_leave_out():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), correlated(16, 3, 6, 6)
+    plan = rp.make_plan(model, rule=rp.FixedRank(2), include=["*"])
+    with pytest.raises(rp.RankPruneError, match=r"does not run on these calibration inputs.*for x, _ in loader"):
+        rp.decompose(model, plan, calibration=[(x, torch.zeros(16))])
+
+
 def test_a_convolution_may_get_an_empty_batch():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), correlated(16, 3, 6, 6)
     plan = rp.make_plan(model, rule=rp.FixedRank(2), scheme="channel", include=["*"])

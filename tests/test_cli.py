@@ -358,6 +358,16 @@ def test_a_module_that_cannot_be_imported(monkeypatch, capsys, tmp_path, code, s
     assert said in capsys.readouterr().err
 
 
+def test_the_version_is_told():
+    assert invoke("--version").strip() == rp.__version__
+
+
+def test_a_model_without_a_file_is_told_to_have_the_weights_of_its_builder(checkpoint):
+    said = f"weights  as {MODEL[1]} makes them"
+    assert said in invoke("plan", *MODEL, *INPUT)
+    assert said not in invoke("plan", *MODEL, *INPUT, "--checkpoint", str(checkpoint))
+
+
 def test_without_typer_the_command_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from rankprune.cli import main; main()"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -196,7 +196,7 @@ def test_nothing_is_disturbed(act: Callable, fails: bool) -> None:
     model.norm.requires_grad_(False)
     modes, wanting = [(type(m), m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
+    with pytest.raises((RuntimeError, rp.RankPruneError), match="stop") if fails else contextlib.nullcontext():
         act(model, x)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
@@ -207,6 +207,28 @@ def test_nothing_is_disturbed(act: Callable, fails: bool) -> None:
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_made_in_inference_mode_is_counted_and_left_as_it_was() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    assert rp.count(model, torch.randn(2, 16)).macs == 2 * 16 * (16 + 4)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_inputs_that_do_not_fit_are_described() -> None:
+    model = nn.Sequential(nn.Linear(16, 4))
+    with pytest.raises(rp.RankPruneError, match=r"float32 tensor \(2, 8\) on cpu.*cannot be multiplied.*give a tensor"):
+        rp.count(model, torch.randn(2, 8))
+    with pytest.raises(rp.RankPruneError, match=r"call it with \(2, 16\): TypeError"):
+        rp.count(model, (2, 16))
+
+
+def test_a_count_is_printed_as_a_table() -> None:
+    model = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.LSTM(4, 4))
+    lines = str(rp.count(model, torch.randn(2, 3, 16))).splitlines()
+    assert [line.split() for line in lines[:2]] == [["layer", "type", "MACs", "params"], ["0", "Linear", "384", "68"]]
+    assert lines[-2:] == ["MACs 384 (outside of modules: 0), parameters 228", "not counted: 2"]
 
 
 @BOTH

@@ -210,6 +210,20 @@ def test_a_model_that_keeps_parts_of_a_graph_in_lists_is_copied() -> None:
     torch.testing.assert_close(rp.decompose(model, plan)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("plan", [None, rp.FixedRank(2)])
+def test_what_is_no_plan_is_refused(plan: object) -> None:
+    with pytest.raises(rp.RankPruneError, match=r"decompose\(\) takes a Plan"):
+        rp.decompose(nn.Linear(8, 8), plan)  # type: ignore[arg-type]
+
+
+def test_pairs_made_in_inference_mode_can_be_trained() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), torch.randn(2, 16)
+    with torch.inference_mode():
+        small = rp.decompose(model, rp.make_plan(model, x, rule=rp.FixedRank(2)))
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
 def test_decomposing_is_deterministic() -> None:
     model = convolutional()
     plan = rp.make_plan(model, rule=rp.FixedRank(3))

@@ -157,7 +157,7 @@ def test_a_state_of_another_scheme_or_none_is_refused():
     state = rp.TRP(convolutions(), rule=rp.Energy(0.9), scheme="spatial").state_dict()
     with pytest.raises(rp.RankPruneError, match="scheme 'spatial'"):
         rp.TRP(convolutions(), rule=rp.Energy(0.9), scheme="channel").load_state_dict(state)
-    with pytest.raises(rp.RankPruneError, match="another model"):
+    with pytest.raises(rp.RankPruneError, match="no state of a TRP"):
         rp.TRP(convolutions(), rule=rp.Energy(0.9)).load_state_dict({})
 
 

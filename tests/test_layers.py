@@ -1,5 +1,6 @@
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -166,6 +167,19 @@ def replaced_forward(layer: nn.Linear) -> None:
     layer.forward = lambda x: x + 1
 
 
+def scaled(layer: nn.Linear) -> None:
+    layer.scale = nn.Parameter(torch.ones(16))
+
+
+def bias_as_buffer(layer: nn.Linear, plain: bool = False) -> None:
+    bias = layer.bias.detach()
+    del layer.bias
+    if plain:
+        layer.__dict__["bias"] = bias
+    else:
+        layer.register_buffer("bias", bias)
+
+
 PARAMETRIZATION = "odd.parametrizations.weight"
 RUNNING = {
     "quantized": (quantized, "odd.0", "not supported"),
@@ -193,7 +207,17 @@ RUNNING = {
     "forward": (lambda: changed(replaced_forward), "odd", "forward has been replaced"),
     "a stride of one number": (lambda: convolution(stride=1), "odd.inner", "its stride is 1, not 2 numbers"),
     "a dilation of one number": (lambda: convolution(dilation=1), "odd.inner", "its dilation is 1, not 2 numbers"),
-    "a padding that is ignored": (lambda: convolution(padding=(0, 0)), "odd.inner", "'reflect' ignores"),
+    "a padding set later": (lambda: convolution(padding=(0, 0)), "odd.inner", "padding_mode='reflect'"),
+    "a padding set later, in words": (lambda: convolution(padding="valid"), "odd.inner", "padding_mode='reflect'"),
+    "a bias that is a buffer": (lambda: changed(bias_as_buffer), "odd", "it holds bias,"),
+    "a bias that is a plain tensor": (lambda: changed(partial(bias_as_buffer, plain=True)), "odd", "it holds bias,"),
+    "a parameter more": (
+        lambda: changed(lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(16)))),
+        "odd",
+        "scale",
+    ),
+    "a buffer more": (lambda: changed(lambda m: m.register_buffer("seen", torch.ones(16))), "odd", "it holds seen,"),
+    "a module inside": (lambda: changed(lambda m: m.add_module("act", nn.PReLU())), "odd", "it holds act,"),
     "first convolution": (lambda: OnFields(nn.Conv2d(4, 4, 3, padding=1)), "odd.inner", "first convolution"),
     "last linear": (nn.Identity, "last", "last Linear"),
 }

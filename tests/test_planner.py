@@ -155,9 +155,14 @@ class Failing(ConvNet):
 def test_a_forward_pass_that_fails_leaves_the_model_as_it_was() -> None:
     model, x = Failing(), images()
     before = state(model)
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(rp.RankPruneError, match=r"does not run on these example inputs.*ArithmeticError"):
         rp.make_plan(model, x, rule=rp.Energy(0.5))
     assert_undisturbed(model, before)
+
+
+def test_example_inputs_without_an_example_are_refused() -> None:
+    with pytest.raises(rp.RankPruneError, match="the example inputs are empty"):
+        rp.make_plan(ConvNet(), images()[:0], rule=rp.Budget(macs=0.5))
 
 
 def test_the_check_sees_a_disturbed_model() -> None:

@@ -188,6 +188,7 @@ def sum_of_products(shape: torch.Size, terms: int) -> Tensor:
 def test_finalize_fills_another_model() -> None:
     model, other, (x, _) = network(), network(seed=1), next(iter(batches(1)))
     trp = rp.TRP(model, scheme="spatial", rule=rp.Energy(0.7))
+    trp.project()
     small = trp.finalize(into=torch.compile(other, backend="eager"))
     assert_same(other, model)
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)

@@ -90,6 +90,7 @@ def test_times_are_measured_when_attached_and_once(monkeypatch: pytest.MonkeyPat
 def test_without_an_optimizer_times_are_measured_at_the_first_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = own_clock.count_timings(monkeypatch)
     trp = make(network(), ramp=0)
+    trp.project()
     small = trp.finalize()
     assert len(timings) == 3 + 2 + 1
     assert trp.plan is not None
@@ -308,7 +309,8 @@ def test_the_network_is_timed_as_it_is_decomposed_in_the_end() -> None:
     table = table_of(trp)
     with torch.no_grad():
         model[6].weight.normal_()  # other ranks than those chosen after the ramp
-    small = trp.finalize()
+    with pytest.warns(UserWarning, match="changed without this TRP since"):
+        small = trp.finalize()
     assert trp.plan is not None
     assert table.measured_ns({name: (e.scheme or "", e.rank or 0) for name, e in trp.plan.decomposed.items()}) is None
     (program,) = own_clock.Timeless(2e-9).load_each([small], X)
@@ -324,7 +326,8 @@ def test_a_failure_while_timing_the_end_is_told_and_no_more(monkeypatch: pytest.
     with torch.no_grad():
         model[6].weight.normal_()
     monkeypatch.setattr(meter, "time_together", broken)
-    with pytest.warns(UserWarning, match="the decomposed network could not be timed: no"):
+    told = pytest.warns(UserWarning, match="the decomposed network could not be timed: no")
+    with told, pytest.warns(UserWarning, match="changed without this TRP since"):
         small = trp.finalize()
     assert trp.plan is not None
     assert trp.plan.ms_measured is None

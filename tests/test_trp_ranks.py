@@ -1,7 +1,6 @@
 """The course of the ranks: annealed, kept, and the last projection."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,6 +72,7 @@ def test_finalize_sees_weights_exchanged_through_data() -> None:  # as an averag
 def test_finalize_without_a_step() -> None:
     model = network()
     trp = rp.TRP(model, rule=rp.FixedRank(3))
+    trp.project()
     small = trp.finalize()
     assert trp.plan.ranks == {"2": 3, "4": 3, "6": 3}
     assert (small.eval()(X) - model.eval()(X)).abs().max() < 1e-4
@@ -158,23 +158,69 @@ def test_a_rule_that_fails_is_named() -> None:
         rp.TRP(network(), rule=Failing(2))
 
 
-@pytest.mark.parametrize("attach", [True, False])
-def test_finalize_warns_where_no_projection_was_by_the_rule_in_full(attach: bool) -> None:
-    expected = {"no step of the optimizer": (0, 0), "before a projection by Energy": (2, 3), "before the ramp did": (4, 3)}
-    for said, (steps, every) in expected.items():
-        model = network()
-        trp = rp.TRP(model, rule=rp.Energy(0.8), every=every or 1, ramp=5 if "ramp" in said else 0)
-        optimizer = sgd(model)
-        if attach:
-            trp.attach(optimizer)
-        train(model, optimizer, range(steps))
-        with pytest.warns(UserWarning, match=said) if attach else nullcontext():  # else it is asked for
-            trp.finalize()
+@pytest.mark.parametrize(
+    ("said", "steps", "every", "ramp"),
+    [
+        ("no step of the optimizer", 0, 1, 0),
+        ("before a projection by Energy", 2, 3, 0),
+        ("before the ramp did", 4, 3, 5),
+    ],
+)
+def test_finalize_warns_where_no_projection_was_by_the_rule_in_full(said: str, steps: int, every: int, ramp: int) -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=every, ramp=ramp)
+    optimizer = sgd(model)
+    trp.attach(optimizer)
+    train(model, optimizer, range(steps))
+    with pytest.warns(UserWarning, match=said):
+        trp.finalize()
+
+
+def test_finalize_warns_of_a_trp_that_was_never_attached() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.FixedRank(3))
+    train(model, sgd(model), range(3))
+    with pytest.warns(UserWarning, match="never attached to an optimizer: finalize"):
+        trp.finalize()
+    trp.finalize()  # by now it has been told, and has projected
+
+
+def test_finalize_warns_where_the_weights_were_trained_on_without_it() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.FixedRank(3), every=2).attach(optimizer)
+    train(model, optimizer, range(5))
+    trp.finalize()  # a step after a projection, as any training may end
+    other = torch.optim.Adam(model.parameters(), lr=0.05)
+    train(model, other, range(20))
+    with pytest.warns(UserWarning, match="changed without this TRP since"):
+        trp.finalize()
+    with torch.no_grad():
+        model[6].weight.normal_()
+    with pytest.warns(UserWarning, match="of layer '6'.*changed without this TRP since"):
+        trp.finalize()
+
+
+def test_a_rule_that_has_applied_in_full_is_annealed_no_more() -> None:
+    def fresh(ramp: int) -> rp.TRP:
+        return rp.TRP(network(), rule=rp.Budget(macs=0.5), every=2, ramp=ramp, freeze=ramp, example_inputs=X)
+
+    short, extended = fresh(4), fresh(40)
+    optimizer = sgd(short.model)
+    plans_over_training(short, short.model, 6)
+    extended.model.load_state_dict(short.model.state_dict())
+    extended.load_state_dict(short.state_dict())
+    optimizer = sgd(extended.model)
+    extended.attach(optimizer)
+    train(extended.model, optimizer, range(6, 10))
+    assert extended.steps == 10
+    assert relative_macs(extended.plan) <= 0.5
 
 
 def test_the_finalized_copy_trains_apart_from_the_model() -> None:
     model = network()
     trp = rp.TRP(model, rule=rp.FixedRank(3))
+    trp.project()
     small = trp.finalize()
     assert isinstance(model[6], nn.Linear)
     logits: Tensor = small(X)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs, call, check_batches, cloned
+from rankprune.inputs import Inputs, check_batches, cloned, tried
 from rankprune.linalg import bases, in_parts
 from rankprune.passes import uncompiled
 from rankprune.schemes import Key, Scheme
@@ -115,7 +115,7 @@ def _whitenings(model: nn.Module, layers: Layers, inputs: Iterable[Inputs]) -> W
         for key, (module, scheme) in layers.items():
             stack.callback(module.register_forward_pre_hook(gather(key, scheme), with_kwargs=True).remove)
         for x in inputs:
-            call(model, cloned(x))
+            tried(model, cloned(x), "these calibration inputs", "leave out what else a loader gives: (x for x, _ in loader)")
             empty = False
     if empty:
         raise RankPruneError("calibration= holds no inputs; give a list of batches (an iterator is empty after its first use)")

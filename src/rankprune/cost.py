@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankprune.columns import aligned
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs, call, cloned
+from rankprune.inputs import Inputs, cloned, tried
 from rankprune.layers import NORMS, is_decomposable, is_matrix, is_packed
 from rankprune.passes import uncompiled
 from rankprune.wrappers import named_modules, own_type, unwrap
@@ -56,6 +57,15 @@ class Count:
     layers: tuple[LayerCost, ...]
     functional_macs: int
     uncounted: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A table with a row for each module that costs anything, and the totals."""
+        rows = [(r.name or "(model)", r.kind, f"{r.macs:,}", f"{r.params:,}") for r in self.layers if r.macs or r.params]
+        lines = aligned([("layer", "type", "MACs", "params"), *rows])
+        lines.append(f"MACs {self.macs:,} (outside of modules: {self.functional_macs:,}), parameters {self.params:,}")
+        if self.uncounted:
+            lines.append(f"not counted: {', '.join(self.uncounted)}")
+        return "\n".join(lines)
 
 
 def count(model: nn.Module, x: Inputs) -> Count:
@@ -108,7 +118,7 @@ def count(model: nn.Module, x: Inputs) -> Count:
         stack.enter_context(counter)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the counter's own hooks
-        call(model, cloned(x))
+        tried(model, cloned(x))
     rows = tuple(
         LayerCost(name, own_type(m).__name__, flops[name] // 2, parameter_count(m), tuple(shapes[name]), obstacles.get(name))
         for name, m in leaves.items()
@@ -147,9 +157,12 @@ def _reads_to_shard(frame: FrameType) -> bool:
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Parameters that want no gradients: the counter fails on views of those that do, even under no_grad."""
+    """Parameters that want no gradients: the counter fails on views of those that do, even under no_grad.
+
+    Those made in inference mode may stay as they are, and could not be put back.
+    """
     lazy = nn.UninitializedParameter
-    wanting = [p for p in model.parameters() if p.requires_grad and not isinstance(p, lazy)]
+    wanting = [p for p in model.parameters() if p.requires_grad and not isinstance(p, lazy) and not p.is_inference()]
     try:
         for parameter in wanting:
             parameter.requires_grad_(False)

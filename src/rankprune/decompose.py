@@ -8,6 +8,7 @@ from torch import nn
 
 from rankprune import linalg
 from rankprune.calibration import whitened, whitenings
+from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
 from rankprune.plan import Plan
 from rankprune.projection import planned_matrices, planned_modules
@@ -16,6 +17,7 @@ from rankprune.schemes import SCHEMES
 from rankprune.wrappers import has_hooks, unwrap
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | None = None) -> nn.Module:
     """A new model in which every planned layer is an ``nn.Sequential`` of two stock layers; `model` is untouched.
@@ -28,7 +30,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
             these inputs, instead of in the weights.
 
     Raises:
-        RankPruneError: if the plan does not fit the model, or calibration is empty.
+        RankPruneError: if the plan is none or does not fit the model, or calibration is empty.
         FactorizationError: if a weight is not finite.
 
     Warns:
@@ -46,6 +48,8 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
       (1): Linear(in_features=32, out_features=10, bias=True)
     )
     """
+    if not isinstance(plan, Plan):  # where a rule stands, or the plan of a TRP before its first projection, which is None
+        raise RankPruneError(f"decompose() takes a Plan, of make_plan() or of a TRP that has projected, not {plan!r}")
     model = unwrap(model)
     modules = planned_modules(model, plan.decomposed)
     if hooked := [name for name, module in modules.items() if has_hooks(module)]:

@@ -13,7 +13,7 @@ from rankprune.backends.base import refused
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.errors import ExportError, RankPruneError
 from rankprune.files import check_folder
-from rankprune.inputs import Inputs, call, cloned, first_alone, tensors, with_one_more
+from rankprune.inputs import Inputs, cloned, first_alone, tensors, tried, with_one_more
 from rankprune.passes import uncompiled, undisturbed
 from rankprune.wrappers import unwrap
 
@@ -97,7 +97,7 @@ def _export(
 def _outputs(model: nn.Module, x: Inputs) -> list[Tensor]:
     """What the model gives as it is exported, without the fast path of TransformerEncoder."""
     with uncompiled(model):
-        return tensors(call(model, cloned(x)))
+        return tensors(tried(model, cloned(x)))
 
 
 def _other_batches(model: nn.Module, x: Inputs) -> Iterator[tuple[Inputs, list[Tensor]]]:

@@ -23,6 +23,40 @@ def call(model: Callable[..., Any], x: Inputs) -> Any:
     return model(x)
 
 
+def tried(
+    model: Callable[..., Any],
+    x: Inputs,
+    called: str = "these example inputs",
+    advice: str = "give a tensor, a tuple of arguments or a dict of named ones",
+) -> Any:
+    """call() with inputs that the user gave and that may not fit the model.
+
+    Args:
+        called: what they are, for the message.
+        advice: what to give in their place.
+
+    Raises:
+        RankPruneError: telling what they were and what the model raised.
+    """
+    try:
+        return call(model, x)
+    except RankPruneError:
+        raise
+    except Exception as error:
+        positional, named = arguments(x)
+        given = [_in_words(a) for a in positional] + [f"{name}={_in_words(a)}" for name, a in named.items()]
+        raise RankPruneError(
+            f"the model does not run on {called}, which call it with ({', '.join(given)}): {type(error).__name__}: {error}; "
+            f"{advice}"
+        ) from error
+
+
+def _in_words(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return f"{str(argument.dtype).removeprefix('torch.')} tensor {tuple(argument.shape)} on {argument.device}"
+    return repr(argument) if isinstance(argument, int | float | str) else type(argument).__name__
+
+
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with, as positional and keyword arguments."""
     if isinstance(x, Mapping):

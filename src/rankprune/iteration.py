@@ -18,6 +18,9 @@ from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
 from rankprune.schemes import Key
 
+_UNTRAINED = 0.01
+"""The share of a layer's energy that may be cut off in the end, beyond twice what was cut off before, without a warning."""
+
 
 class LowRankIteration:
     """TRP's low-rank iteration: projects the weights of a model in training; each projection starts from what the last found.
@@ -47,19 +50,25 @@ class LowRankIteration:
 
     def project(self, steps: int) -> Plan:
         """Choose ranks as is due after so many steps, and project; see TRP.project."""
-        return self._project(steps, self.schedule.rule_after(steps))
+        return self._project(steps, self.schedule.rule if self._settled else self.schedule.rule_after(steps))
 
     def finish(self, steps: int) -> Plan:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
 
         Warns:
-            UserWarning: if the network cannot be timed.
+            UserWarning: if it cuts off much more than the projection before did, or the network cannot be timed.
         """
+        before = self.plan if self._settled else None
         if self.plan is None or self.projected_at != steps or self._annealed:
-            plan = self._project(steps, self.schedule.rule)
+            ramp_goes_on = self._annealed and steps < self.schedule.ramp  # where the training does
+            plan = now = self._project(steps, self.schedule.rule)
+            self._annealed = ramp_goes_on
         else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
-            plan = self.plan
-            project_factored(self._factorizer, plan, self._factorizer.factor(keys=_planned(plan)))
+            plan, factored = self.plan, self._factorizer.factor(keys=_planned(self.plan))
+            project_factored(self._factorizer, plan, factored)
+            now = _with_errors(plan, factored)
+        if before is not None and (more := _cut_more(before, now)):
+            warnings.warn(more, stacklevel=3)
         try:
             self.plan = plan = self._planner.timed(plan)
         except RankPruneError as error:
@@ -217,6 +226,19 @@ def _with_errors(plan: Plan, factored: Factored) -> Plan:
     """The plan with what its ranks lose of these weights."""
     lost = {name: float(factored.spectra[name, s].errors()[rank]) for name, (s, rank) in plan.choices.items()}
     return replace(plan, layers=tuple(replace(e, error=lost.get(e.name, e.error)) for e in plan.layers))
+
+
+def _cut_more(before: Plan, now: Plan) -> str | None:
+    """What to tell of a last projection that cuts off much more than the one before it; None if it does not."""
+    errors = {entry.name: entry.error for entry in before.layers}
+    worst = max(now.layers, key=lambda entry: entry.error - 2 * errors[entry.name])
+    if worst.error <= 2 * errors[worst.name] + _UNTRAINED:
+        return None
+    return (
+        f"the last projection cut off {worst.error:.1%} of the energy of layer {worst.name!r}, the one before it "
+        f"{errors[worst.name]:.2%}: the weights have been changed without this TRP since, by another optimizer, say, or by "
+        "loading or averaging, and are truncated more than they were trained for"
+    )
 
 
 def _planned(plan: Plan) -> list[Key]:

@@ -205,6 +205,8 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
         return f"its weight is {place}"
     if weight.numel() == 0:
         return "its weight is empty"
+    if more := _beyond_weight_and_bias(module):
+        return f"it holds {', '.join(more)}, for which a pair of layers has no place"
     if has_hooks(module):
         return "it has forward or backward hooks, which a replacement would lose"
     if "forward" in module.__dict__:
@@ -212,6 +214,14 @@ def _unfit(name: str, module: nn.Module, shared: dict[str, str], calls: Mapping[
     if calls is not None and name not in calls:
         return "it does not run in the forward pass on the example inputs; its weight may be used in another way"
     return None if calls is None else calls[name]
+
+
+def _beyond_weight_and_bias(module: nn.Module) -> list[str]:
+    """The names of tensors and modules that a decomposable layer was given; of its bias, too, where that is no parameter."""
+    parameters = [name for name, p in module._parameters.items() if p is not None and name not in ("weight", "bias")]
+    buffers = [name for name, b in module._buffers.items() if b is not None]
+    plain = [name for name in ("bias",) if module.__dict__.get(name) is not None]
+    return parameters + buffers + plain + [name for name, _ in module.named_children()]
 
 
 def _inconsistent(layer: Convolution, weight: Tensor) -> str | None:
@@ -222,10 +232,8 @@ def _inconsistent(layer: Convolution, weight: Tensor) -> str | None:
     for name, value in numbers.items():
         if not isinstance(value, str) and (not isinstance(value, Sequence) or len(value) != len(layer.kernel_size)):
             return f"its {name} is {value!r}, not {len(layer.kernel_size)} numbers"
-    if layer.padding_mode == "zeros" or isinstance(layer.padding, str):
-        return None
-    if list(layer._reversed_padding_repeated_twice) != padded_sides(layer.padding):
-        return f"its padding was set to {layer.padding} after it was built, which padding_mode={layer.padding_mode!r} ignores"
+    if layer.padding_mode != "zeros" and list(layer._reversed_padding_repeated_twice) != padded_sides(layer):
+        return f"what it pads, by padding_mode={layer.padding_mode!r}, was found when it was built; it has been changed since"
     return None
 
 

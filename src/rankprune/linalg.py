@@ -67,7 +67,8 @@ def bases(stacks: Sequence[Tensor], names: Sequence[str], starts: Sequence[Tenso
         starts: for each stack the leading vectors (stack, k, r) that it had a little while ago, or None. Given at all, large
             stacks on the CPU are factored in float32, good enough for what is done again some steps later: singular values
             below 1e-3 of the largest are rounding. Where it is worth it, the basis holds somewhat more than r leading vectors
-            and its projection may lose more than the best one, by about 1 %. Errors told are those of the projection made.
+            and its projection may lose more than the best one, by about 1 % or 1e-7 of the energy. Errors told are those of the
+            projection made.
 
     Raises:
         FactorizationError: if a stack holds a value that is not finite, or resists even a float64 SVD on the CPU; it

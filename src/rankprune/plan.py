@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from rankprune.columns import aligned
 from rankprune.errors import CheckpointError, RankPruneError
 from rankprune.files import check_folder, draft_of
 from rankprune.latency import Setting
@@ -197,8 +198,7 @@ class Plan:
             else:
                 rank, params = f"{e.rank}/{e.full_rank}", f"{e.params_before:,} > {e.params_after:,}"
                 rows.append((e.name, f"{e.kind} {shape}", e.scheme or "", rank, f"{e.error:.2%}", macs, params))
-        widths = [max(len(row[i]) for row in rows) if i < 5 else 0 for i in range(7)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned(rows, padded=5)
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
         if self.uncounted:

@@ -246,7 +246,7 @@ def make_plan(
     model: nn.Module,
     example_inputs: Inputs | None = None,
     *,
-    scheme: str = "auto",
+    scheme: str = "spatial",
     rule: RankRule,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),

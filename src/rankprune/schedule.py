@@ -22,10 +22,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if not isinstance(self.every, int) or self.every < 1:
             raise RankPruneError(f"every={self.every}: give a whole number of optimizer steps, at least 1, like 20")
-        whole = isinstance(self.ramp, int) and isinstance(self.freeze, int | None)
-        if not whole or not 0 <= self.ramp <= (self.ramp if self.freeze is None else self.freeze):
+        if not isinstance(self.ramp, int) or not isinstance(self.freeze, int | None):
             raise RankPruneError(
-                f"ramp={self.ramp}, freeze={self.freeze}: give whole numbers of steps, freeze no earlier than the ramp's end"
+                f"ramp={self.ramp!r}, freeze={self.freeze!r}: give numbers of optimizer steps, as int (half of a training is "
+                "steps // 2); only the callbacks of trainers take shares"
+            )
+        if not 0 <= self.ramp <= (self.ramp if self.freeze is None else self.freeze):
+            raise RankPruneError(
+                f"ramp={self.ramp}, freeze={self.freeze}: give a ramp from 0, and freeze no earlier than its end"
             )
         if self.ramp:
             self.rule.relaxed(0.5)

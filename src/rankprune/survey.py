@@ -8,7 +8,7 @@ from torch import nn
 
 from rankprune.cost import LayerCost, count, pair_macs, parameter_count
 from rankprune.errors import RankPruneError
-from rankprune.inputs import Inputs
+from rankprune.inputs import Inputs, tensors
 from rankprune.latency import Subject, ranks_to_try
 from rankprune.layers import Layer, own_weight, select
 from rankprune.plan import LayerPlan
@@ -58,10 +58,13 @@ def survey(
     """Select layers and schemes, and count their costs. Arguments as in Planner.
 
     Raises:
-        RankPruneError: for an unknown scheme, a pattern that matches nothing, or a model without a layer to decompose.
+        RankPruneError: for an unknown scheme, a pattern that matches nothing, a model without a layer to decompose, or example
+            inputs without an example.
     """
     refuse_flat(model)
     counted = None if example_inputs is None else count(model, example_inputs)
+    if counted and not counted.macs and not all(tensor.numel() for tensor in tensors(example_inputs)):
+        raise RankPruneError("the example inputs are empty, so nothing can be counted on them; give at least one example")
     costs = {row.name: row for row in counted.layers} if counted else {}
     calls = {name: row.obstacle for name, row in costs.items() if row.calls} if counted else None
     selection = select(model, include, exclude, calls)

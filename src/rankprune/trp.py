@@ -1,5 +1,6 @@
 """Trained Rank Pruning: hooks around an optimizer's step that keep a network on the way to low rank. No mathematics in here."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class TRP:
 
     Args:
         model: the dense model in training; compile and DataParallel wrappers are looked through.
-        scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"``.
+        scheme: ``"channel"``, ``"spatial"``, ``"decoupled"`` or ``"auto"`` (per layer, whichever serves the rule best).
         rule: decides the ranks at every projection, like ``Energy(keep=0.98)`` or ``Budget(macs=0.4)``.
         every: optimizer steps from one projection to the next, m in the paper.
         nuclear: weight of the nuclear-norm sub-gradient, lambda in the paper, added right before a step to the gradient of
@@ -58,7 +59,8 @@ class TRP:
         nuclear_cadence: ``"step"`` adds it at every step, from factors refreshed at each projection, so that its strength does
             not depend on `every`; ``"projection"`` adds it only at the step right after a projection, as the authors do.
         ramp: steps over which the rule is annealed from "keep everything" to itself, by a cubic: fast first, slow towards
-            the end. 0 applies the rule in full from the start. Rules that can: those with `relaxed`, like Budget and Energy.
+            the end; half of the training suits a budget. 0, the paper's way, applies the rule in full from the start. Rules
+            that can: those with `relaxed`, like Budget and Energy. Once the rule has applied in full it is annealed no more.
         freeze: after this many steps, no fewer than `ramp`, the ranks are chosen no more, and projections keep to them; None
             never freezes.
         example_inputs, include, exclude, round_to: as in make_plan.
@@ -78,7 +80,7 @@ class TRP:
         model: nn.Module,
         *,
         rule: RankRule,
-        scheme: str = "auto",
+        scheme: str = "spatial",
         every: int = 20,
         nuclear: float = 0.0,
         nuclear_cadence: Literal["step", "projection"] = "step",
@@ -90,8 +92,8 @@ class TRP:
         round_to: int = 1,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if not nuclear >= 0:
-            raise RankPruneError(f"nuclear={nuclear}: give a weight of at least 0, like 3e-4")
+        if not 0 <= nuclear < math.inf:
+            raise RankPruneError(f"nuclear={nuclear}: give a finite weight of at least 0, like 3e-4")
         if nuclear_cadence not in ("step", "projection"):
             raise RankPruneError(f"nuclear_cadence={nuclear_cadence!r}: choose 'step' or 'projection'")
         self._planner = Planner(
@@ -110,6 +112,11 @@ class TRP:
         self._process_group = process_group
         self._stopwatch, self._outermost, self._counts = Stopwatch(), Outermost(), True
         self._handles: list[Any] = []
+        self._was_attached = False
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"TRP({said}; {self.steps} steps, {'attached' if self.attached else 'not attached'})"
 
     @property
     def schedule(self) -> Schedule:
@@ -162,6 +169,7 @@ class TRP:
             optimizer.register_step_post_hook(eager(self._after_step)),
         ]
         _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
+        self._was_attached = True
         return self
 
     @property
@@ -235,7 +243,7 @@ class TRP:
 
     @property
     def overhead(self) -> float:
-        """What TRP adds to the training: seconds in its hooks by seconds of everything else, since attach().
+        """What TRP adds to the training: seconds in its hooks divided by seconds of everything else, since attach().
 
         On a GPU that leaves out adding the nuclear terms to the gradients: only projections wait for the device.
         """
@@ -256,9 +264,11 @@ class TRP:
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
-        If the last step was itself followed by a projection in full, its ranks count. Where the rule goes by latency, the first
-        process times the network as it is decomposed, for the plan's `ms_measured`, while the others wait; not if the weights
-        are sharded, or the times it goes by are from another machine.
+        The projection is of `model` itself, which stays dense and computes what the copy does. That ends this TRP's part in
+        the training; in between, ``decompose(model, trp.plan)`` is the network as it would be now. If the last step was itself
+        followed by a projection in full, its ranks count. Where the rule goes by latency, the first process times the network
+        as it is decomposed, for the plan's `ms_measured`, while the others wait; not if the weights are sharded, or the times
+        it goes by are from another machine.
 
         Args:
             into: a fresh dense model, which takes up the weights and is decomposed in place of `model`. Needed where the
@@ -268,19 +278,21 @@ class TRP:
             RankPruneError: if the weights are sharded and there is no `into`, or `into` is of another architecture.
 
         Warns:
-            UserWarning: if no projection of the training was by the rule in full, because the ramp is not over, say: this one
-                then truncates more than the network was trained for. And if the network cannot be timed: the plan then has no
-                measured time.
+            UserWarning: if this projection truncates more than the network was trained for, since none of the training was by
+                the rule in full (the ramp is not over, say), or the weights were trained on without this TRP. And if the
+                network cannot be timed: the plan then has no measured time.
         """
         reshard(self.model)
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
-        if (self.attached or self.steps) and (why := self._iteration.unsettled(self.steps)):
+        if why := self._iteration.unsettled(self.steps):
+            if not self._was_attached:
+                why = "this TRP was never attached to an optimizer"
             warnings.warn(
-                f"{why}: finalize() truncates more than the network was trained for. Ramps and every= count "
-                "optimizer steps, of which there are fewer than batches where gradients are accumulated; a best checkpoint "
-                "should be one from after the ramp",
+                f"{why}: finalize() truncates more than the network was trained for. Ramps and every= count optimizer steps, "
+                "of which there are fewer than batches where gradients are accumulated; a best checkpoint should be one from "
+                "after the ramp",
                 stacklevel=2,
             )
         plan = self._iteration.finish(self.steps)
@@ -321,7 +333,11 @@ class TRP:
         Load it before attach() where the rule goes by latency: then nothing is timed again.
 
         Raises:
-            RankPruneError: if the state is of another model, or holds latencies of another backend, dtype or number of threads.
+            RankPruneError: if the state is none or of another model, or holds latencies of another backend, dtype or number of
+                threads.
         """
+        if not isinstance(state, dict) or "steps" not in state:
+            raise RankPruneError("this is no state of a TRP; give what state_dict() returned")
         self._iteration.load_state_dict(state)
         self.steps = state["steps"]
+        self._was_attached = True

@@ -7,7 +7,7 @@ import typer
 
 from rankprune.cli.console import say
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec
-from rankprune.cli.target import build_model, example_input
+from rankprune.cli.target import build_model, example_input, tell_untrained
 from rankprune.export import FILE_BACKENDS
 from rankprune.export import export as export_model
 
@@ -36,3 +36,4 @@ def export(
     x = example_input(input, network)
     difference = export_model(network, x, out, dynamic_batch=dynamic_batch, tolerance=tolerance)
     say(f"{out}  (largest difference from PyTorch {difference:.1e} of the largest output)")
+    tell_untrained(model, checkpoint, artefact)

@@ -6,9 +6,9 @@ from typing import Annotated
 import torch
 import typer
 
-from rankprune.cli.console import say, show_table
+from rankprune.cli.console import say
 from rankprune.cli.options import Artefact, Checkpoint, InputShape, ModelSpec, refuse
-from rankprune.cli.target import build_model, device_of, example_input
+from rankprune.cli.target import build_model, device_of, example_input, tell_untrained
 from rankprune.cost import count as count_cost
 from rankprune.errors import RankPruneError
 from rankprune.passes import undisturbed
@@ -54,6 +54,7 @@ def evaluate(
         told_apart = logits_of(network, first[0][:1]).shape[1]
     accuracy = top1(network, chain([first], batches))
     say(f"top-1 {accuracy:.2f} % of {len(images)} images")
+    tell_untrained(model, checkpoint, artefact)
     if told_apart != len(images.classes):
         say(
             f"the network tells {told_apart} classes apart, and these images have {len(images.classes)}, numbered by what is "
@@ -71,12 +72,8 @@ def count(
     """Multiply-accumulates and parameters, per layer and in all."""
     network = build_model(model, checkpoint, artefact)
     x = example_input(input, network)
-    cost = count_cost(network, x)
-    rows = [(r.name or "(model)", r.kind, f"{r.macs:,}", f"{r.params:,}") for r in cost.layers if r.macs or r.params]
-    show_table(f"{model} on {input}", ["layer", "type", "MACs", "params"], rows)
-    say(f"MACs {cost.macs:,} (outside of modules: {cost.functional_macs:,}), parameters {cost.params:,}")
-    if cost.uncounted:
-        say(f"not counted: {', '.join(cost.uncounted)}")
+    say(f"{model} on {input}")
+    say(str(count_cost(network, x)))
     if time:
         timing = measure(network, x)
         say(f"{timing.median_ms:.2f} ms (median of {timing.runs}, spread {timing.spread:.0%}, {timing.threads} threads)")

@@ -10,7 +10,7 @@ from rankprune.rules import RULES
 from rankprune.schemes import CHOICES
 
 ModelSpec = Annotated[str, typer.Option("--model", help="Builder of the dense model, package.module:callable.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Its weights: .pt, .pth, .th or .safetensors.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Its weights: .pt, .pth, .th, .bin or .safetensors.")]
 Artefact = Annotated[Path | None, typer.Option(help="Folder of a decomposed model, instead of a checkpoint.")]
 InputShape = Annotated[str, typer.Option("--input", help="Shape of one batch, like 1,3,224,224; int:1,128 for tokens.")]
 SchemeName = Annotated[str, typer.Option(help=f"{', '.join(CHOICES[:-1])} or {CHOICES[-1]}.")]

@@ -8,7 +8,7 @@ import typer
 from rankprune.checkpoint import save
 from rankprune.cli.console import say
 from rankprune.cli.options import Checkpoint, Exclude, Include, InputShape, ModelSpec, RoundTo, Rule, SchemeName, refuse
-from rankprune.cli.target import build_model, example_input
+from rankprune.cli.target import build_model, example_input, tell_untrained
 from rankprune.decompose import decompose as decompose_model
 from rankprune.errors import RankPruneError
 from rankprune.files import check_folder
@@ -21,7 +21,7 @@ def plan(
     model: ModelSpec,
     input: InputShape,
     checkpoint: Checkpoint = None,
-    scheme: SchemeName = "auto",
+    scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=0.5)",
     include: Include = None,
     exclude: Exclude = None,
@@ -42,6 +42,7 @@ def plan(
         round_to=round_to,
     )
     say(str(made))
+    tell_untrained(model, checkpoint)
     if out is not None:
         made.save(out)
         say(f"plan  {out}")
@@ -54,7 +55,7 @@ def decompose(
     checkpoint: Checkpoint = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file; without it, one is made as by `rankprune plan`.")] = None,
     input: Annotated[str | None, typer.Option("--input", help="Shape of one batch, for rules by MACs or time.")] = None,
-    scheme: SchemeName = "auto",
+    scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=0.5)",
     include: Include = None,
     exclude: Exclude = None,
@@ -77,4 +78,5 @@ def decompose(
     )
     save(out, decompose_model(dense, made), made)
     say(str(made))
+    tell_untrained(model, checkpoint)
     say(f"artefact  {out}")

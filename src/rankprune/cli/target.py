@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.checkpoint import load
+from rankprune.cli.console import say
 from rankprune.errors import RankPruneError
 from rankprune.passes import undisturbed
 from rankprune.state_dicts import load_exactly, read_tensors
@@ -53,6 +54,12 @@ def build_model(spec: str, checkpoint: Path | None = None, artefact: Path | None
         model = load(artefact, model)
     model.eval()
     return model
+
+
+def tell_untrained(spec: str, *files: Path | None) -> None:
+    """Say that a model without a checkpoint or artefact has the weights that its builder gave it, random ones often."""
+    if not any(files):
+        say(f"weights  as {spec} makes them; --checkpoint loads others")
 
 
 def example_input(shape: str, model: nn.Module) -> Tensor:

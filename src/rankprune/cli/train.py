@@ -20,6 +20,11 @@ from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.rules import parse_rule
 
+METHODS = (
+    "ours (TRP with what we add, like a ramp), trp (the paper's), trp+nu (with the nuclear term), dense, decompose (no "
+    "training) or decompose+finetune."
+)
+
 
 def train(
     context: typer.Context,
@@ -38,7 +43,7 @@ def train(
         str | None, typer.Option(help="Weights of the dense network to compare with, likewise, or run:NAME beside --out.")
     ] = None,
     distill: Annotated[float, typer.Option(help="Weight of the teacher's answers against the labels, like 0.7.")] = 0.0,
-    method: Annotated[str, typer.Option(help="dense, trp, trp+nu, ours, decompose or decompose+finetune.")] = "trp",
+    method: Annotated[str, typer.Option(help=METHODS)] = "ours",
     scheme: SchemeName = "spatial",
     rule: Rule = "Budget(macs=1/2.2)",
     every: Annotated[int, typer.Option(help="Optimizer steps between projections.")] = 20,

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from rankprune.errors import RankPruneError
@@ -19,7 +20,7 @@ Metric = Literal["macs", "params", "latency"]
 
 def is_share(value: object) -> bool:
     """Whether a value is a number above 0 and at most 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 @dataclass(frozen=True)

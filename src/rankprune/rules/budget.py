@@ -75,9 +75,10 @@ class Budget(RankRule):
         least = sum(int(o.costs.min()) for o in options.values())
         if least > allowed:
             smallest = math.ceil(1e3 * (untouched + least) / whole) / 1e3
+            more = "" if any(len(candidates) > 1 for candidates in layers.values()) else ", or try scheme='auto'"
             raise RankPruneError(
                 f"{self!r} cannot be met: with every layer at its least rank {smallest:.3f} of the {self.metric} remain; raise "
-                "the budget, or include more layers (include=['*'] takes every layer)"
+                f"the budget, or include more layers (include=['*'] takes every layer){more}"
             )
         picks = _least_error(list(options.values()), allowed)
         return {name: o.choices(pick) for (name, o), pick in zip(options.items(), picks, strict=True)}
@@ -94,7 +95,7 @@ class _Options:
 
     def choices(self, pick: int) -> Choice:
         if pick == len(self.ranks):
-            return Choice(reason="it stays dense: the budget has room for it, or no rank is cheaper")
+            return Choice(reason="it stays dense: " + ("the budget has room for it" if self.ranks else "no rank is cheaper"))
         return Choice(self.schemes[pick], self.ranks[pick])
 
 

@@ -107,7 +107,7 @@ class FixedRank(LocalRule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise RankPruneError(f"FixedRank(rank={self.rank}): a rank is a whole number of at least 1")
+            raise RankPruneError(f"FixedRank(rank={self.rank!r}): a rank is a whole number of at least 1")
 
     def rank_of(self, spectrum: Spectrum) -> int:
         return min(self.rank, spectrum.full_rank)

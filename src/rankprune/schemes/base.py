@@ -178,10 +178,7 @@ def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
         return None
     spatial = len(layer.kernel_size)
     x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
-    around = layer._reversed_padding_repeated_twice
-    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        around = padded_sides(layer.padding)  # which may have been set later
-    sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(around)]
+    sides = [side if (2 * spatial - 1 - i) // 2 in axes else 0 for i, side in enumerate(padded_sides(layer))]
     x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     for axis in axes:
         size, dilation = layer.kernel_size[axis], layer.dilation[axis]
@@ -191,9 +188,13 @@ def patches(layer: Convolution, x: Tensor, axes: range) -> Tensor | None:
     return x.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
 
 
-def padded_sides(padding: tuple[int, ...]) -> list[int]:
+def padded_sides(layer: Convolution) -> list[int]:
     """The padding of both sides of each axis, the last one first, as torch.nn.functional.pad takes it."""
-    return [side for side in reversed(padding) for _ in range(2)]
+    if layer.padding == "same":
+        totals = [dilation * (size - 1) for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    numbers = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
+    return [side for side in reversed(numbers) for _ in range(2)]
 
 
 def kernel_axes(layer: Convolution) -> range:
