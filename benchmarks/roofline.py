@@ -147,7 +147,7 @@ def photographs(folder: Path, name: str) -> Forms:
     dense = build(name, 1000).eval()
     for text, chosen in {"dense": {}, **plans}.items():
         file = folder / f"{name}-{len(forms)}.onnx"
-        rp.export_onnx(rp.decompose(dense, rp.make_plan(dense, x, rule=Given(chosen))), x, file)
+        rp.export_onnx(rp.decompose(dense, rp.make_plan(dense, x, scheme="auto", rule=Given(chosen))), x, file)
         forms[f"{name}, {text}"] = file, x
     return forms
 

@@ -37,6 +37,11 @@ def test_a_share_of_an_unknown_length(length: float) -> None:
         OwnsTRP(rule=rp.Energy(0.9), freeze=0.5).start(nn.Linear(4, 4), length, None)
 
 
+def test_a_ramp_for_a_rule_that_cannot_be_annealed_is_refused_before_the_training() -> None:
+    with pytest.raises(rp.RankPruneError, match="cannot be annealed"):
+        OwnsTRP(rule=rp.FixedRank(3), ramp=0.5)
+
+
 def test_shares_and_steps() -> None:
     owner = OwnsTRP(rule=rp.Energy(0.9), ramp=0.25, freeze=30, include=["*"])
     trp = owner.start(nn.Sequential(nn.Linear(8, 8)), 50, None)

@@ -26,7 +26,7 @@ class OwnsTRP:
         trp: the TRP of the present or the last training; None before the first.
 
     Raises:
-        RankPruneError: for shares out of range.
+        RankPruneError: for shares out of range, or a ramp for a rule that cannot be annealed.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class OwnsTRP:
                 raise RankPruneError(
                     f"{when}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
                 )
+        if ramp:
+            rule.relaxed(0.5)
         super().__init__()  # the trainer's own class
         self.trp: TRP | None = None
         self.rule, self.ramp, self.freeze, self.example_inputs = rule, ramp, freeze, example_inputs

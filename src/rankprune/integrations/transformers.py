@@ -25,7 +25,7 @@ _KEY = "rankprune"
 class TRPCallback(OwnsTRP, TrainerCallback):
     """Trains a Trainer's model with TRP, keeps TRP's state in the checkpoints, and logs ranks, MACs and overhead.
 
-    ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5, example_inputs=x).attach(trainer)``, and after
+    ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5, freeze=0.5, example_inputs=x).attach(trainer)``, and after
     ``trainer.train()`` ``callback.finalize()`` returns a decomposed copy of the model. ``callback.trp.metrics()`` goes along
     with every loss that the Trainer logs. TRP's state is in the optimizer's file of a checkpoint, wherever that is moved to,
     and without its tensors, which can be computed anew, in trainer_state.json, for sharded weights only there. (With
