@@ -28,7 +28,7 @@ def latency_budget(model: nn.Module, fraction: float = 0.6) -> rp.TRP:
     """A TRP under a budget of latency, by our clock."""
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     rule = rp.Budget(latency=fraction, backend="timeless")
-    return rp.TRP(model, rule=rule, every=EVERY, ramp=EVERY, example_inputs=x)
+    return rp.TRP(model, scheme="auto", rule=rule, every=EVERY, ramp=EVERY, example_inputs=x)
 
 
 def agree(found: object) -> None:

@@ -209,6 +209,7 @@ RUNNING = {
     "a dilation of one number": (lambda: convolution(dilation=1), "odd.inner", "its dilation is 1, not 2 numbers"),
     "a padding set later": (lambda: convolution(padding=(0, 0)), "odd.inner", "padding_mode='reflect'"),
     "a padding set later, in words": (lambda: convolution(padding="valid"), "odd.inner", "padding_mode='reflect'"),
+    "a padding of no name": (lambda: convolution(padding="full"), "odd.inner", "its padding is 'full'"),
     "a bias that is a buffer": (lambda: changed(bias_as_buffer), "odd", "it holds bias,"),
     "a bias that is a plain tensor": (lambda: changed(partial(bias_as_buffer, plain=True)), "odd", "it holds bias,"),
     "a parameter more": (
@@ -266,6 +267,14 @@ def test_weights_that_are_no_plain_tensors_are_skipped_with_a_reason() -> None:
     assert plan.skipped["2"] == "its weight is a Marked, no plain tensor"
     assert plan.skipped["3"] == "its weight of shape (4, 8, 3, 3) is not what its other attributes say: (8, 8, 3, 3)"
     assert plan.ranks == {"4": 2}
+
+
+def test_a_padding_that_does_not_go_with_the_stride_is_a_reason() -> None:
+    strided = nn.Conv2d(8, 8, 3, stride=2)
+    strided.padding = "same"
+    plan = rp.make_plan(nn.ModuleList([nn.Conv2d(3, 8, 3), strided, nn.Linear(8, 8), nn.Linear(8, 4)]), rule=rp.FixedRank(2))
+    assert plan.skipped["1"] == "its padding is 'same', which does not go with a stride"
+    assert plan.ranks == {"2": 2}
 
 
 def test_a_layer_that_does_not_run_is_skipped_where_example_inputs_tell() -> None:

@@ -44,7 +44,7 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(9))
 
 def make(model: nn.Module, fraction: float = 0.5, **more: Any) -> rp.TRP:
     rule = rp.Budget(latency=fraction, backend="timeless", threads=more.pop("threads", None))
-    return rp.TRP(model, rule=rule, example_inputs=X, **{"every": EVERY, "ramp": RAMP, **more})
+    return rp.TRP(model, scheme="auto", rule=rule, example_inputs=X, **{"every": EVERY, "ramp": RAMP, **more})
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
@@ -228,7 +228,7 @@ def test_a_state_of_other_inputs_or_ranks_is_refused() -> None:
     state = trained(1)[2].state_dict()
     rule = rp.Budget(latency=0.5, backend="timeless")
     with pytest.raises(rp.RankPruneError, match=r"measured on inputs of \[\(2, 3, 4, 4\)\], not of \[\(6, 3, 4, 4\)\]"):
-        rp.TRP(network(), rule=rule, every=EVERY, example_inputs=X.repeat(3, 1, 1, 1)).load_state_dict(state)
+        rp.TRP(network(), scheme="auto", rule=rule, every=EVERY, example_inputs=X.repeat(3, 1, 1, 1)).load_state_dict(state)
     with pytest.raises(rp.RankPruneError, match="times of other layers or at other ranks"):
         make(network(), round_to=7).load_state_dict(state)
 

@@ -161,7 +161,7 @@ def test_a_rule_that_fails_is_named() -> None:
 @pytest.mark.parametrize(
     ("said", "steps", "every", "ramp"),
     [
-        ("no step of the optimizer", 0, 1, 0),
+        ("no step of an optimizer", 0, 1, 0),
         ("before a projection by Energy", 2, 3, 0),
         ("before the ramp did", 4, 3, 5),
     ],
@@ -180,9 +180,26 @@ def test_finalize_warns_of_a_trp_that_was_never_attached() -> None:
     model = network()
     trp = rp.TRP(model, rule=rp.FixedRank(3))
     train(model, sgd(model), range(3))
-    with pytest.warns(UserWarning, match="never attached to an optimizer: finalize"):
+    with pytest.warns(UserWarning, match="no step of an optimizer that it was attached to: finalize"):
         trp.finalize()
     trp.finalize()  # by now it has been told, and has projected
+
+
+def test_ranks_that_fall_in_the_last_projection_are_no_reason_to_warn() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=3).attach(optimizer)
+    train(model, optimizer, range(6))
+    (name, rank), *_ = trp.plan.ranks.items()
+    with torch.no_grad():  # as if training had made the last one that is needed just dispensable
+        weight = model.get_submodule(name).weight
+        left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        values[rank - 1 :] = 0
+        values[rank - 1] = 0.45 * values.norm()
+        weight.copy_((left * values @ right).view_as(weight))
+    trp.steps += 1
+    trp.finalize()
+    assert trp.plan.ranks[name] < rank
 
 
 def test_finalize_warns_where_the_weights_were_trained_on_without_it() -> None:

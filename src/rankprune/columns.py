@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]], padded: int | None = None) -> list[str]:
-    """A line for each row, of which the first `padded` cells, by default all, are as wide as the widest in their column."""
-    ends = len(rows[0]) if padded is None else padded
-    widths = [max(len(row[i]) for row in rows) if i < ends else 0 for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def aligned(rows: Sequence[Sequence[str]], kinds: str) -> list[str]:
+    """A line for each row.
+
+    Args:
+        kinds: how each column is set: ``<`` and ``>`` as wide as the widest cell, to the left and to the right, ``-`` each cell
+            as it is.
+    """
+    widths = [0 if kind == "-" else max(len(row[i]) for row in rows) for i, kind in enumerate(kinds)]
+    cells = [[c.rjust(w) if k == ">" else c.ljust(w) for c, w, k in zip(row, widths, kinds, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]

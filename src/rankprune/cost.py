@@ -61,7 +61,7 @@ class Count:
     def __str__(self) -> str:
         """A table with a row for each module that costs anything, and the totals."""
         rows = [(r.name or "(model)", r.kind, f"{r.macs:,}", f"{r.params:,}") for r in self.layers if r.macs or r.params]
-        lines = aligned([("layer", "type", "MACs", "params"), *rows])
+        lines = aligned([("layer", "type", "MACs", "params"), *rows], "<<>>")
         lines.append(f"MACs {self.macs:,} (outside of modules: {self.functional_macs:,}), parameters {self.params:,}")
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")

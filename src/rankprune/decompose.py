@@ -30,7 +30,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
             these inputs, instead of in the weights.
 
     Raises:
-        RankPruneError: if the plan is none or does not fit the model, or calibration is empty.
+        RankPruneError: if it is no Plan or does not fit the model, or calibration is empty.
         FactorizationError: if a weight is not finite.
 
     Warns:

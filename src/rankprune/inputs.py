@@ -40,7 +40,7 @@ def tried(
     """
     try:
         return call(model, x)
-    except RankPruneError:
+    except (RankPruneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         positional, named = arguments(x)

@@ -59,15 +59,17 @@ class LowRankIteration:
             UserWarning: if it cuts off much more than the projection before did, or the network cannot be timed.
         """
         before = self.plan if self._settled else None
-        if self.plan is None or self.projected_at != steps or self._annealed:
+        if before is not None and self.projected_at == steps:
+            # at the ranks it has; the weights may have been exchanged since, for those of an average, say
+            plan, factored = before, self._factorizer.factor(keys=_planned(before))
+            project_factored(self._factorizer, plan, factored)
+            now = kept = _with_errors(before, factored)
+        else:
+            kept = before and _with_errors(before, self._factorizer.factor(self._starts, _planned(before)))
             ramp_goes_on = self._annealed and steps < self.schedule.ramp  # where the training does
             plan = now = self._project(steps, self.schedule.rule)
             self._annealed = ramp_goes_on
-        else:  # at the ranks it has; the weights may have been exchanged since, for those of an average, say
-            plan, factored = self.plan, self._factorizer.factor(keys=_planned(self.plan))
-            project_factored(self._factorizer, plan, factored)
-            now = _with_errors(plan, factored)
-        if before is not None and (more := _cut_more(before, now)):
+        if before is not None and kept is not None and (more := _cut_more(before, kept, now)):
             warnings.warn(more, stacklevel=3)
         try:
             self.plan = plan = self._planner.timed(plan)
@@ -86,7 +88,7 @@ class LowRankIteration:
         if self._settled:
             return None
         if not steps:
-            return "no step of the optimizer that this TRP is attached to has been seen"
+            return "this TRP has seen no step of an optimizer that it was attached to"
         if steps < self.schedule.ramp:
             return f"the training ended after {steps} steps, before the ramp did at {self.schedule.ramp}"
         return f"the training ended after {steps} steps, before a projection by {self.schedule.rule!r} in full"
@@ -157,6 +159,7 @@ class LowRankIteration:
             "rules": self._ranks_by,
             "schedules": (self.schedule.every, self.schedule.ramp, self.schedule.freeze),
             "the step of the last projection": self.projected_at,
+            "ramps": self._annealed,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -228,15 +231,21 @@ def _with_errors(plan: Plan, factored: Factored) -> Plan:
     return replace(plan, layers=tuple(replace(e, error=lost.get(e.name, e.error)) for e in plan.layers))
 
 
-def _cut_more(before: Plan, now: Plan) -> str | None:
-    """What to tell of a last projection that cuts off much more than the one before it; None if it does not."""
-    errors = {entry.name: entry.error for entry in before.layers}
-    worst = max(now.layers, key=lambda entry: entry.error - 2 * errors[entry.name])
-    if worst.error <= 2 * errors[worst.name] + _UNTRAINED:
+def _cut_more(before: Plan, kept: Plan, now: Plan) -> str | None:
+    """What to tell of a last projection that cuts off much more than the one before it; None if it does not.
+
+    Args:
+        kept: the plan before, with what its ranks lose of the weights as they are: ranks that are chosen anew may fall, and
+            cut off more, where nothing is wrong.
+    """
+    errors, as_before = ({entry.name: entry.error for entry in plan.layers} for plan in (before, kept))
+    cut = {entry.name: min(entry.error, as_before.get(entry.name, 0.0)) for entry in now.layers}
+    worst = max(cut, key=lambda name: cut[name] - 2 * errors.get(name, 0.0))
+    if cut[worst] <= 2 * errors.get(worst, 0.0) + _UNTRAINED:
         return None
     return (
-        f"the last projection cut off {worst.error:.1%} of the energy of layer {worst.name!r}, the one before it "
-        f"{errors[worst.name]:.2%}: the weights have been changed without this TRP since, by another optimizer, say, or by "
+        f"the last projection cut off {cut[worst]:.1%} of the energy of layer {worst!r}, the one before it "
+        f"{errors[worst]:.2%}: the weights have been changed without this TRP since, by another optimizer, say, or by "
         "loading or averaging, and are truncated more than they were trained for"
     )
 

@@ -220,7 +220,7 @@ def _beyond_weight_and_bias(module: nn.Module) -> list[str]:
     """The names of tensors and modules that a decomposable layer was given; of its bias, too, where that is no parameter."""
     parameters = [name for name, p in module._parameters.items() if p is not None and name not in ("weight", "bias")]
     buffers = [name for name, b in module._buffers.items() if b is not None]
-    plain = [name for name in ("bias",) if module.__dict__.get(name) is not None]
+    plain = ["bias"] if module.__dict__.get("bias") is not None else []
     return parameters + buffers + plain + [name for name, _ in module.named_children()]
 
 
@@ -232,8 +232,12 @@ def _inconsistent(layer: Convolution, weight: Tensor) -> str | None:
     for name, value in numbers.items():
         if not isinstance(value, str) and (not isinstance(value, Sequence) or len(value) != len(layer.kernel_size)):
             return f"its {name} is {value!r}, not {len(layer.kernel_size)} numbers"
+    if isinstance(layer.padding, str) and layer.padding not in ("same", "valid"):
+        return f"its padding is {layer.padding!r}, neither numbers nor 'same' nor 'valid'"
+    if layer.padding == "same" and max(layer.stride) > 1:
+        return "its padding is 'same', which does not go with a stride"
     if layer.padding_mode != "zeros" and list(layer._reversed_padding_repeated_twice) != padded_sides(layer):
-        return f"what it pads, by padding_mode={layer.padding_mode!r}, was found when it was built; it has been changed since"
+        return f"its padding was changed after it was built, which padding_mode={layer.padding_mode!r} ignores"
     return None
 
 

@@ -198,7 +198,7 @@ class Plan:
             else:
                 rank, params = f"{e.rank}/{e.full_rank}", f"{e.params_before:,} > {e.params_after:,}"
                 rows.append((e.name, f"{e.kind} {shape}", e.scheme or "", rank, f"{e.error:.2%}", macs, params))
-        lines = aligned(rows, padded=5)
+        lines = aligned(rows, "<<<<<--")
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
         if self.uncounted:

@@ -15,7 +15,7 @@ from rankprune.factorizer import Factored, Factorizer
 from rankprune.inputs import Inputs
 from rankprune.latency import LatencyTable, NetworkLatency, Variant
 from rankprune.plan import LayerPlan, Plan
-from rankprune.rules import Candidate, Choice, RankRule
+from rankprune.rules import Candidate, Choice, RankRule, check_rule
 from rankprune.schemes import Key
 from rankprune.spectrum import Spectrum
 from rankprune.survey import Option, subject, survey
@@ -62,8 +62,7 @@ class Planner:
     ) -> None:
         if not isinstance(round_to, int) or round_to < 1:
             raise RankPruneError(f"round_to={round_to}: give a whole number of at least 1")
-        if not isinstance(rule, RankRule):
-            raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
+        check_rule(rule)
         if rule.needs_inputs and example_inputs is None:
             what = "counts MACs" if rule.metric == "macs" else "needs times"
             raise RankPruneError(f"{rule!r} {what}: give example inputs, one batch as the model is called with")

@@ -112,7 +112,6 @@ class TRP:
         self._process_group = process_group
         self._stopwatch, self._outermost, self._counts = Stopwatch(), Outermost(), True
         self._handles: list[Any] = []
-        self._was_attached = False
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -169,7 +168,6 @@ class TRP:
             optimizer.register_step_post_hook(eager(self._after_step)),
         ]
         _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
-        self._was_attached = True
         return self
 
     @property
@@ -287,8 +285,6 @@ class TRP:
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
         if why := self._iteration.unsettled(self.steps):
-            if not self._was_attached:
-                why = "this TRP was never attached to an optimizer"
             warnings.warn(
                 f"{why}: finalize() truncates more than the network was trained for. Ramps and every= count optimizer steps, "
                 "of which there are fewer than batches where gradients are accumulated; a best checkpoint should be one from "
@@ -333,11 +329,10 @@ class TRP:
         Load it before attach() where the rule goes by latency: then nothing is timed again.
 
         Raises:
-            RankPruneError: if the state is none or of another model, or holds latencies of another backend, dtype or number of
-                threads.
+            RankPruneError: if it is no state of a TRP, or one of another model, or holds latencies of another backend, dtype
+                or number of threads.
         """
         if not isinstance(state, dict) or "steps" not in state:
             raise RankPruneError("this is no state of a TRP; give what state_dict() returned")
         self._iteration.load_state_dict(state)
         self.steps = state["steps"]
-        self._was_attached = True

@@ -20,10 +20,7 @@ from rankprune.recipes.runner import run
 from rankprune.recipes.schedule import TrainConfig
 from rankprune.rules import parse_rule
 
-METHODS = (
-    "ours (TRP with what we add, like a ramp), trp (the paper's), trp+nu (with the nuclear term), dense, decompose (no "
-    "training) or decompose+finetune."
-)
+METHODS = "dense, decompose, decompose+finetune, or TRP by the options below, which tables call ours, trp or trp+nu as you say."
 
 
 def train(

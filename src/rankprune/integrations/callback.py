@@ -8,7 +8,7 @@ from torch import nn
 
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, on_device
-from rankprune.rules import RankRule
+from rankprune.rules import RankRule, check_rule
 from rankprune.trp import TRP
 
 
@@ -26,7 +26,7 @@ class OwnsTRP:
         trp: the TRP of the present or the last training; None before the first.
 
     Raises:
-        RankPruneError: for shares out of range, or a ramp for a rule that cannot be annealed.
+        RankPruneError: for shares out of range, for what is no rule, or a ramp for a rule that cannot be annealed.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class OwnsTRP:
                 raise RankPruneError(
                     f"{when}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
                 )
+        check_rule(rule)
         if ramp:
             rule.relaxed(0.5)
         super().__init__()  # the trainer's own class

@@ -20,10 +20,11 @@ class TRPCallback(OwnsTRP, Callback):
     """Trains a LightningModule with TRP, keeps TRP's state in Lightning's checkpoints, and logs ranks, MACs and overhead.
 
     Put ``callback = TRPCallback(rule=rp.Budget(macs=0.5), ramp=0.5, freeze=0.5, example_inputs=x)`` among the Trainer's
-    `callbacks`; after the fit ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes to every logger at
-    each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one stopped. A checkpoint
-    that the trainer tests, validates or predicts with is what `finalize` takes next: the module has its weights then. Several
-    parts of a module take a callback each, told apart by submodule, optimizer or `name`; ``finalize`` returns that part alone.
+    `callbacks`; after the fit ``callback.finalize()`` returns a decomposed copy of the module. ``callback.trp.metrics()`` goes
+    to every logger at each of Lightning's `log_every_n_steps`. Another fit of the same module goes on where the last one
+    stopped. A checkpoint that the trainer tests, validates or predicts with is what `finalize` takes next: the module has its
+    weights then. Several parts of a module take a callback each, told apart by submodule, optimizer or `name`; ``finalize``
+    returns that part alone.
 
     Args:
         submodule: the name of the part to train with TRP, which example_inputs are then for, and which metrics are named

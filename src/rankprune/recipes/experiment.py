@@ -55,7 +55,7 @@ class Experiment:
     """
 
     name: str
-    method: Method = "trp"
+    method: Method = "ours"
     model: str = "resnet20"
     dataset: str = "cifar10"
     start: str | None = None

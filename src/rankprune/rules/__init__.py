@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from rankprune.errors import RankPruneError
-from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, break_even
+from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, break_even, check_rule
 from rankprune.rules.budget import Budget
 from rankprune.rules.local import Energy, FixedRank, LocalRule, RankFraction, SingularValue
 
@@ -23,6 +23,7 @@ __all__ = [
     "RankRule",
     "SingularValue",
     "break_even",
+    "check_rule",
     "parse_rule",
 ]
 

@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 from rankprune.errors import RankPruneError
@@ -20,7 +19,7 @@ Metric = Literal["macs", "params", "latency"]
 
 def is_share(value: object) -> bool:
     """Whether a value is a number above 0 and at most 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,16 @@ class Choice:
     scheme: str | None = None
     rank: int | None = None
     reason: str | None = None
+
+
+def check_rule(rule: object) -> None:
+    """Make sure that a rule is one.
+
+    Raises:
+        RankPruneError: if not.
+    """
+    if not isinstance(rule, RankRule):
+        raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
 
 
 class RankRule(ABC):

@@ -23,8 +23,9 @@ class Budget(RankRule):
     one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks
     leave of the budget is then spent on the steps that gain most per cost.
 
-    Latency is measured, on this machine, of the network and of each of its layers at some ranks of each scheme (see
-    rankprune.latency), for inputs like the example inputs. That takes minutes once; the figures are kept in a file.
+    Latency is measured, on this machine, of the network and of each of its layers at some ranks of each scheme that `scheme`
+    of TRP or make_plan names, of all with ``"auto"`` (see rankprune.latency), for inputs like the example inputs. That takes
+    minutes once; the figures are kept in a file.
 
     Args:
         backend: what runs the network where its latency counts: ``"eager"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``,
@@ -75,10 +76,9 @@ class Budget(RankRule):
         least = sum(int(o.costs.min()) for o in options.values())
         if least > allowed:
             smallest = math.ceil(1e3 * (untouched + least) / whole) / 1e3
-            more = "" if any(len(candidates) > 1 for candidates in layers.values()) else ", or try scheme='auto'"
             raise RankPruneError(
                 f"{self!r} cannot be met: with every layer at its least rank {smallest:.3f} of the {self.metric} remain; raise "
-                f"the budget, or include more layers (include=['*'] takes every layer){more}"
+                "the budget, or include more layers (include=['*'] takes every layer)"
             )
         picks = _least_error(list(options.values()), allowed)
         return {name: o.choices(pick) for (name, o), pick in zip(options.items(), picks, strict=True)}
