@@ -158,7 +158,7 @@ def disagree() -> None:
         "layers": rp.TRP(nn.Linear(8, 8 + rank), rule=rp.FixedRank(2), include=["*"]),
         "rules": make(network(), rule=rp.Budget(macs=0.3 + 0.1 * rank)),
         "schedules": make(network(), every=2 + rank),
-        "the step of the last projection, steps": resumed,
+        "the step of the last projection, ramps, steps": resumed,
     }
     for what, one in differing.items():
         with pytest.raises(rp.RankPruneError, match=f"2 processes differ in {what}"):

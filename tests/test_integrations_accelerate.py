@@ -83,7 +83,7 @@ def test_same_weights_as_the_plain_loop(loop: dict, settings: dict, tmp_path: Pa
     toy.finalizes(finalize(run.trp), run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
 
 
-@pytest.mark.filterwarnings("ignore:no step of the optimizer")
+@pytest.mark.filterwarnings("ignore:this TRP has seen no step")
 def test_decorators_of_the_users_stay_and_autocast_of_accelerate_does_not(tmp_path: Path) -> None:
     class Narrow(toy.Net):
         @torch.autocast("cpu", torch.bfloat16)
@@ -101,7 +101,7 @@ def test_decorators_of_the_users_stay_and_autocast_of_accelerate_does_not(tmp_pa
         assert ("forward" in vars(small)) == put
 
 
-@pytest.mark.filterwarnings("ignore:no step of the optimizer")
+@pytest.mark.filterwarnings("ignore:this TRP has seen no step")
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_what_was_finalized_can_be_prepared_again(precision: str) -> None:
     accelerator, net = Accelerator(cpu=True, mixed_precision=precision), toy.Net()
