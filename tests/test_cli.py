@@ -308,7 +308,7 @@ def test_train_hands_every_option_on(images, tmp_path, monkeypatch):
         **{"method": "trp+nu", "scheme": "channel", "rule": "Energy(keep=0.9)", "every": 7, "nuclear": 0.002, "ramp": 0.25},
         **{"freeze": 0.75, "epochs": 3, "batch": 4, "lr": 0.03, "weight-decay": 0.003, "seed": 5, "checkpoint-steps": 9},
         **{"holdout": 2, "precision": "float32", "model": "resnet32", "start": "timm:x"},
-        **{"teacher": "run:y", "distill": 0.6},
+        **{"teacher": "run:y", "teacher-model": "resnet56", "distill": 0.6},
     }
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     invoke("train", "--data", str(images), "--out", str(tmp_path / "out"), "--no-compile", *given)
@@ -317,7 +317,7 @@ def test_train_hands_every_option_on(images, tmp_path, monkeypatch):
         3, 0.03, weight_decay=0.003, distill=0.6, precision="float32", compile=False, seed=5, checkpoint_steps=9
     )
     wanted = Experiment(
-        "out", "trp+nu", "resnet32", "images", "timm:x", "run:y", batch=4, holdout=2, training=training, trp=trp
+        "out", "trp+nu", "resnet32", "images", "timm:x", "run:y", "resnet56", batch=4, holdout=2, training=training, trp=trp
     )
     assert ran == [wanted]
 

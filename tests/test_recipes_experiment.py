@@ -111,6 +111,8 @@ def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
     other = e.with_seed(2)
     assert (other.name, other.start, other.teacher, other.training.seed) == ("tiny-seed2", "file.th", "run:dense-seed2", 2)
     assert other.reference == "run:dense-seed2"
+    with pytest.raises(rp.RankPruneError, match="teacher_model='resnet56' has no weights"):
+        Experiment("x", start="file.th", teacher_model="resnet56", training=TrainConfig(distill=0.5))
     with pytest.raises(rp.RankPruneError, match="teaches nothing"):
         replace(e, training=tiny.training)
     with pytest.raises(rp.RankPruneError, match="method 'decompose' trains nothing; leave distill out"):

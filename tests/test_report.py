@@ -161,6 +161,8 @@ def test_rows_differ_by_what_they_had_help_from():
     taught = {"start": "a", "training": {"distill": 0.7, "seed": 3}}
     table = markdown_table(overview([result("ours", 88.0, config={"start": "a"}), result("ours", 89.0, config=taught)]))
     assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == ["| ours", "| ours distilled"]
+    deeper = result("ours", 89.0, config=taught | {"teacher_model": "resnet56"})
+    assert "| ours distilled from resnet56 |" in markdown_table(overview([deeper]))
     assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
 
 

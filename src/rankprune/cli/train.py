@@ -36,6 +36,7 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(help="Weights of a dense network to learn from, likewise; by default those of --start.")
     ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="What that is, if no network like --model: resnet56, say.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Weights of the dense network to compare with, likewise, or run:NAME beside --out.")
     ] = None,
@@ -82,7 +83,15 @@ def train(
     elif method.startswith("decompose"):
         refuse(context, *trp_only, because=f"--method {method} trains without TRP")
     if method == "decompose":
-        refuse(context, *training, "teacher", "checkpoint_steps", "seed", because="--method decompose trains nothing")
+        refuse(
+            context,
+            *training,
+            "teacher",
+            "teacher_model",
+            "checkpoint_steps",
+            "seed",
+            because="--method decompose trains nothing",
+        )
     if method == "dense" or not by_clock:
         refuse(context, "time_batch", because="nothing goes by latency")
     sources = (data,) if data is not None and data.startswith(HUB) else ()
@@ -93,6 +102,7 @@ def train(
         dataset=_dataset(data),
         start=_weights(start),
         teacher=_weights(teacher),
+        teacher_model=teacher_model,
         reference=_weights(reference),
         batch=batch,
         holdout=holdout,

@@ -47,11 +47,11 @@ class Experiment:
 
     `start` is where the weights come from: a file in the folder of pretrained models, "torchvision:NAME" or "timm:NAME" for
     those that the packages have, "run:NAME" for the dense weights that experiment ended with, or nothing for a fresh network.
-    `teacher` is where those of the network to distil from come from, likewise; it is of the same architecture, and nothing
-    stands for the network the experiment starts from. `reference` is where those of the dense network to compare with come
-    from, usually one trained as long; of a run on another machine its result is enough. `holdout` images of the training split
-    are kept out of it and take the place of the test split, for making choices. With `photographs` images are of any size and
-    cropped at random; without, they are small ones of one size, all in memory.
+    `teacher` is where those of the network to distil from come from, likewise; nothing stands for the network the experiment
+    starts from. It is of the architecture `teacher_model`, or of the same. `reference` is where those of the dense network to
+    compare with come from, usually one trained as long; of a run on another machine its result is enough. `holdout` images of
+    the training split are kept out of it and take the place of the test split, for making choices. With `photographs` images
+    are of any size and cropped at random; without, they are small ones of one size, all in memory.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Experiment:
     dataset: str = "cifar10"
     start: str | None = None
     teacher: str | None = None
+    teacher_model: str | None = None
     reference: str | None = None
     batch: int = 128
     holdout: int = 0
@@ -84,6 +85,8 @@ class Experiment:
             raise RankPruneError(
                 f"teacher={self.teacher!r} teaches nothing: give distill a weight, like 0.7 (--distill, or in [training])"
             )
+        if self.teacher_model and not self.teacher:
+            raise RankPruneError(f"teacher_model={self.teacher_model!r} has no weights: set teacher to 'run:NAME' or to a file")
         if (self.method == "trp+nu" and not self.trp.nuclear) or (self.method == "trp" and self.trp.nuclear):
             raise RankPruneError(
                 f"method {self.method!r} with nuclear={self.trp.nuclear}: 'trp+nu' needs one, like 3e-4 (--nuclear, or in "

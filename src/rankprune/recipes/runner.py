@@ -65,14 +65,14 @@ def run(
     torch.manual_seed(e.training.seed)
     data = load_data(e, folders.data, processes)
 
-    def network(weights: str | None = None) -> nn.Module:
-        made = build(e.model, data.classes)
+    def network(weights: str | None = None, architecture: str = e.model) -> nn.Module:
+        made = build(architecture, data.classes)
         if weights:
             load_weights(made, weights, folders.models, folders.runs)
         return made.to(processes.device)
 
     model = network(e.start)
-    teacher = network(e.teacher or e.start) if e.training.distill else None
+    teacher = network(e.teacher or e.start, e.teacher_model or e.model) if e.training.distill else None
     result = _describe(e, data) | begun
     known = top1_of_a_run(e.reference, folders, result) if e.reference else None
     reference = network(e.reference) if e.reference and known is None else None  # missed before the training, if missing
@@ -120,6 +120,8 @@ def _train(
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
     names = ("model", "dataset", "method", "start", "teacher", "holdout")
     identity = {name: getattr(e, name) for name in names} | {"source": data.source}
+    if e.teacher_model:
+        identity["teacher_model"] = e.teacher_model
     if e.method.startswith("decompose"):
         identity |= {"rule": repr(rule), "scheme": scheme}
     learn = partial(

@@ -11,9 +11,14 @@ def label(r: Result) -> str:
     """What to call the method of a result: its name, its scheme, and what it does otherwise than others of that name."""
     words = [r["method"], r["scheme"] or ""]
     words += ["by budget"] if r["method"].startswith("trp") and budget_of(r) else []
-    words += ["distilled"] if r["config"].get("training", {}).get("distill") else []
+    words += [_taught(r["config"])] if r["config"].get("training", {}).get("distill") else []
     words += ["from scratch"] if from_scratch(r) else []
     return " ".join(word for word in words if word)
+
+
+def _taught(config: Mapping[str, Any]) -> str:
+    teacher = config.get("teacher_model")
+    return f"distilled from {teacher}" if teacher else "distilled"
 
 
 def told_apart(results: Sequence[Result], words: Callable[[Result], str] = label) -> Callable[[Result], str]:
