@@ -14,6 +14,7 @@ ROOT = Path(rankprune.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "columns",
     "files",
     "inputs",
     "machine",
