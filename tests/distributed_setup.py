@@ -64,8 +64,8 @@ def go_on(
 def make(model: nn.Module, group: dist.ProcessGroup | None = None, **changed: Any) -> rp.TRP:
     """The TRP that all modes use."""
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    settings: dict[str, Any] = {"scheme": "auto", "every": EVERY, "nuclear": 1e-2, "ramp": 2 * EVERY}
-    settings["rule"] = rp.Budget(macs=0.3)
+    settings: dict[str, Any] = {"rule": rp.Budget(macs=0.3), "scheme": "auto"}
+    settings |= {"every": EVERY, "nuclear": 1e-2, "ramp": 2 * EVERY}
     return rp.TRP(model, **(settings | changed), example_inputs=x, process_group=group)
 
 

@@ -223,7 +223,6 @@ def test_a_rule_that_has_applied_in_full_is_annealed_no_more() -> None:
         return rp.TRP(network(), rule=rp.Budget(macs=0.5), every=2, ramp=ramp, freeze=ramp, example_inputs=X)
 
     short, extended = fresh(4), fresh(40)
-    optimizer = sgd(short.model)
     plans_over_training(short, short.model, 6)
     extended.model.load_state_dict(short.model.state_dict())
     extended.load_state_dict(short.state_dict())

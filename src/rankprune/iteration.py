@@ -50,7 +50,8 @@ class LowRankIteration:
 
     def project(self, steps: int) -> Plan:
         """Choose ranks as is due after so many steps, and project; see TRP.project."""
-        return self._project(steps, self.schedule.rule if self._settled else self.schedule.rule_after(steps))
+        rule = self.schedule.rule if self._settled else self.schedule.rule_after(steps)
+        return self._project(steps, rule, self._factor(steps))
 
     def finish(self, steps: int) -> Plan:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
@@ -65,9 +66,10 @@ class LowRankIteration:
             project_factored(self._factorizer, plan, factored)
             now = kept = _with_errors(before, factored)
         else:
-            kept = before and _with_errors(before, self._factorizer.factor(self._starts, _planned(before)))
+            factored = self._factor(steps)
+            kept = before and _with_errors(before, factored)
             ramp_goes_on = self._annealed and steps < self.schedule.ramp  # where the training does
-            plan = now = self._project(steps, self.schedule.rule)
+            plan = now = self._project(steps, self.schedule.rule, factored)
             self._annealed = ramp_goes_on
         if before is not None and kept is not None and (more := _cut_more(before, kept, now)):
             warnings.warn(more, stacklevel=3)
@@ -112,15 +114,20 @@ class LowRankIteration:
         unranked = sorted(set(names) - {name for name, _ in planned})
         return planned + [self._factorizer.options[name][0].key for name in unranked]
 
-    def _project(self, steps: int, rule: RankRule) -> Plan:
+    def _factor(self, steps: int) -> Factored:
+        """What a projection after so many steps reads of the weights: where ranks are chosen, of all layers and schemes."""
         planner, factorizer = self._planner, self._factorizer
         if planner.latency is not None and planner.latency.table is None:
             planner.join(factorizer.team)  # not attached
+        if self._keeps_ranks(steps):
+            return factorizer.factor(self._starts, self._used(self._regularised(steps) if self.nuclear else ()))
+        return factorizer.factor(self._starts)
+
+    def _project(self, steps: int, rule: RankRule, factored: Factored) -> Plan:
+        planner, factorizer = self._planner, self._factorizer
         if self.plan is not None and self._keeps_ranks(steps):
-            factored = factorizer.factor(self._starts, self._used(self._regularised(steps) if self.nuclear else ()))
             self.plan = _with_errors(self.plan, factored)
         else:
-            factored = factorizer.factor(self._starts)
             if self._annealed and rule is planner.rule:  # the ranks to come are chosen now, at spectra that training has made
                 self._correct_latency(factored)
             self.plan = planner.plan(factored, rule)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rankprune.errors import RankPruneError
-from rankprune.rules import RankRule
+from rankprune.rules import RankRule, check_rule
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Schedule:
             raise RankPruneError(
                 f"ramp={self.ramp}, freeze={self.freeze}: give a ramp from 0, and freeze no earlier than its end"
             )
-        if self.ramp:
-            self.rule.relaxed(0.5)
+        check_rule(self.rule, self.ramp)
 
     def projects_after(self, steps: int) -> bool:
         """Whether a projection follows the last of so many steps."""

@@ -14,7 +14,7 @@ from rankprune.cli.report import report
 from rankprune.cli.train import bench_run, train
 from rankprune.version import VERSION
 
-app = typer.Typer(help="Train networks low-rank, decompose them exactly.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 def _tell_version(asked: bool) -> None:

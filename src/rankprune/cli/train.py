@@ -74,24 +74,15 @@ def train(
     if model not in IMAGENET:
         refuse(context, "size", "workers", because=f"{model} is for small images, which are taken whole")
     by_clock = parse_rule(rule).metric == "latency"
-    trp_only, training = (
-        ("every", "nuclear", "ramp", "freeze"),
-        ("epochs", "batch", "lr", "weight_decay", "distill", "precision", "compile"),
-    )
+    trp_only = ("every", "nuclear", "ramp", "freeze")
+    training = ("epochs", "batch", "lr", "weight_decay", "distill", "precision", "compile")
+    training += ("teacher", "teacher_model", "checkpoint_steps", "seed")
     if method == "dense":
         refuse(context, "scheme", "rule", *trp_only, because="--method dense decomposes nothing")
     elif method.startswith("decompose"):
         refuse(context, *trp_only, because=f"--method {method} trains without TRP")
     if method == "decompose":
-        refuse(
-            context,
-            *training,
-            "teacher",
-            "teacher_model",
-            "checkpoint_steps",
-            "seed",
-            because="--method decompose trains nothing",
-        )
+        refuse(context, *training, because="--method decompose trains nothing")
     if method == "dense" or not by_clock:
         refuse(context, "time_batch", because="nothing goes by latency")
     sources = (data,) if data is not None and data.startswith(HUB) else ()

@@ -44,9 +44,7 @@ class OwnsTRP:
                 raise RankPruneError(
                     f"{when}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
                 )
-        check_rule(rule)
-        if ramp:
-            rule.relaxed(0.5)
+        check_rule(rule, ramp)
         super().__init__()  # the trainer's own class
         self.trp: TRP | None = None
         self.rule, self.ramp, self.freeze, self.example_inputs = rule, ramp, freeze, example_inputs

@@ -118,10 +118,8 @@ def _train(
 ) -> tuple[list[EpochLog], Plan | None, nn.Module | None, dict[str, Any]]:
     """Do what the method says: the log of the training, plan and decomposed network if there is one, and what to report."""
     rule, scheme = parse_rule(e.trp.rule), e.trp.scheme
-    names = ("model", "dataset", "method", "start", "teacher", "holdout")
+    names = ("model", "dataset", "method", "start", "teacher", "teacher_model", "holdout")
     identity = {name: getattr(e, name) for name in names} | {"source": data.source}
-    if e.teacher_model:
-        identity["teacher_model"] = e.teacher_model
     if e.method.startswith("decompose"):
         identity |= {"rule": repr(rule), "scheme": scheme}
     learn = partial(

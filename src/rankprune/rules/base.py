@@ -109,14 +109,16 @@ class Choice:
     reason: str | None = None
 
 
-def check_rule(rule: object) -> None:
-    """Make sure that a rule is one.
+def check_rule(rule: object, ramp: float = 0) -> None:
+    """Make sure that a rule is one, and can be annealed where there is a ramp.
 
     Raises:
         RankPruneError: if not.
     """
     if not isinstance(rule, RankRule):
         raise RankPruneError(f"rule={rule!r} is not a rank rule; use one like Energy(keep=0.98) or Budget(macs=0.5)")
+    if ramp:
+        rule.relaxed(0.5)
 
 
 class RankRule(ABC):
