@@ -48,6 +48,9 @@ def compare(mode: str) -> None:
         with pytest.raises(rp.RankPruneError, match="into="):
             trp.finalize()
         assert trp.plan is not None
+        for act in (rp.decompose, rp.project):
+            with pytest.raises(rp.RankPruneError, match="is sharded over processes"):
+                act(trainee, trp.plan)
         evaluate(trainee)
         name, rank_of_it = next(iter(trp.project().ranks.items()))
         assert hasattr(model.get_submodule(name).weight, "full_tensor"), "projected are the shards"
@@ -282,6 +285,23 @@ def tensor_parallel() -> None:
     assert torch.linalg.matrix_rank(model[4].weight.detach(), rtol=1e-4) == 2
 
 
+def parted() -> None:
+    """Once the processes have parted, each finalizes replicated weights alone, and is told where shards are out of reach."""
+    trained = []
+    for mode in ("ddp", "fsdp-root"):
+        model, trainee = together(mode)
+        trp = make(trainee)
+        train(trainee, trp, dist.get_rank(), dist.get_world_size())
+        trained.append((model, trp))
+    dist.destroy_process_group()
+    (model, trp), (_, sharded) = trained
+    small, x = trp.finalize(), batches()[0][0]
+    with torch.no_grad():
+        assert (small(x) - model(x)).abs().max() < 1e-4
+    with pytest.raises(rp.RankPruneError, match="before the group is destroyed"):
+        sharded.finalize(network())
+
+
 def die() -> None:
     """One process is gone in the middle of a training."""
     model = nn.parallel.DistributedDataParallel(network())
@@ -308,6 +328,7 @@ if __name__ == "__main__":
         "warm-up": warm_up,
         "tensor-parallel": tensor_parallel,
         "reading": reading,
+        "parted": parted,
         "without-scatter": without_scatter,
         "resume-ddp": lambda: resume("ddp"),
         "resume-fsdp": lambda: resume("fsdp-mixed"),
@@ -319,8 +340,9 @@ if __name__ == "__main__":
         for mode in sys.argv[1:]:
             print(f"{mode} begins", file=sys.stderr)
             modes.get(mode, lambda mode=mode: compare(mode))()
-        dist.barrier()
-    dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     # What DDP and FSDP keep of a group keeps gloo's threads; one that lets go of a tensor while Python shuts down aborts it
     sys.stdout.flush()
     os._exit(0)

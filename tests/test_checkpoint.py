@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.checkpoint import load_plan
 from rankprune.state_dicts import load_exactly, read_tensors, save_tensors
 
 
@@ -58,7 +57,7 @@ def test_round_trip(tmp_path: Path) -> None:
     before, rng = copy.deepcopy(fresh.state_dict()), torch.get_rng_state()
     loaded = rp.load(str(tmp_path / "a" / "b"), fresh)
     assert torch.equal(loaded.eval()(TOKENS), small.eval()(TOKENS))
-    assert load_plan(tmp_path / "a" / "b") == plan
+    assert rp.load_plan(tmp_path / "a" / "b") == plan
     assert loaded.head.weight is loaded.table.weight is not fresh.table.weight
     assert loaded.state_dict().keys() == small.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
@@ -92,7 +91,7 @@ def test_golden_names(artefact: Path) -> None:
     assert head["aliases"] == {"head.weight": "table.weight"}
     assert head["plan"].keys() == {
         *("format", "layers", "macs_dense", "params_dense", "scheme", "rule", "uncounted"),
-        *("ms_dense", "ms_measured", "setting", "input_shapes"),
+        *("ms_dense", "ms_measured", "setting", "input_shapes", "calibrated"),
     }
     assert head["plan"]["layers"][1].keys() == {
         *("name", "kind", "shape", "scheme", "rank", "full_rank", "macs_before", "macs_after"),

@@ -13,7 +13,6 @@ import rankprune as rp
 from command_line import invoke
 from rankprune.backends.onnxruntime import OnnxRuntime
 from rankprune.backends.pytorch import Eager
-from rankprune.checkpoint import load_plan
 from rankprune.cli import demo, main
 from rankprune.cli.target import example_input
 from rankprune.recipes.experiment import Experiment, TrpConfig
@@ -108,7 +107,7 @@ def test_layers_and_ranks_are_chosen_by_options(tmp_path):
     invoke("plan", *MODEL, *INPUT, *choice, "--rule", "FixedRank(5)", "--out", str(tmp_path / "plan.json"))
     assert rp.Plan.load(tmp_path / "plan.json").ranks == {"layer3.0.conv2": 8, "layer3.2.conv2": 8}
     invoke("decompose", *MODEL, *INPUT, *choice, "--rule", "FixedRank(5)", "--out", str(tmp_path / "small"))
-    assert load_plan(tmp_path / "small").ranks == rp.Plan.load(tmp_path / "plan.json").ranks
+    assert rp.load_plan(tmp_path / "small").ranks == rp.Plan.load(tmp_path / "plan.json").ranks
 
 
 def test_inputs_may_be_whole_numbers(monkeypatch, tmp_path):

@@ -355,3 +355,23 @@ def test_a_model_on_the_meta_device_with_statistics() -> None:
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), torch.zeros(1, 3, 5, 5)
     assert rp.count(model, x).macs == 9 * 8 * 27
+
+
+class Hyper(nn.Module):
+    """Makes the weight of a convolution by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Linear(4, 8 * 3 * 9)
+
+    def weight(self) -> torch.Tensor:
+        return self.make(torch.ones(1, 4)).view(8, 3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight())
+
+
+def test_a_method_called_weight_makes_no_quantized_layer() -> None:
+    counted = rp.count(nn.Sequential(Hyper()), torch.randn(1, 3, 8, 8))
+    assert [(r.name, r.macs) for r in counted.layers] == [("0.make", 4 * 8 * 27)]
+    assert counted.functional_macs == 8 * 27 * 36

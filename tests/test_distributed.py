@@ -42,7 +42,7 @@ def several(*modes: str) -> object:
 @pytest.mark.parametrize(
     "modes",
     [
-        several("ddp", "fsdp-root", "fsdp-mixed", "recipe", "plan-once", "warm-up", "tensor-parallel", "reading"),
+        several("ddp", "fsdp-root", "fsdp-mixed", "recipe", "plan-once", "warm-up", "tensor-parallel", "reading", "parted"),
         slow(["fsdp", "without-scatter"]),
     ],
 )

@@ -1,6 +1,7 @@
 """What the integrations share: the missing package, and settings that cannot be."""
 
 import importlib
+import pickle
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,27 @@ def test_shares_and_steps() -> None:
 
 def test_a_wrong_name() -> None:
     with pytest.raises(TypeError, match="evry"):
-        OwnsTRP(rule=rp.Energy(0.9), evry=3).start(nn.Linear(4, 4), 1, None)
+        OwnsTRP(rule=rp.Energy(0.9), evry=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ramp": 0.5, "freeze": 0.3}, "freeze=0.3: freeze no earlier"),
+        ({"ramp": 50, "freeze": 30}, "freeze=30: freeze no earlier"),
+        ({"every": 0}, "every=0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_the_training(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(rp.RankPruneError, match=message):
+        OwnsTRP(rule=rp.Energy(0.9), **settings)
+
+
+def test_a_missing_package_is_told_across_processes() -> None:
+    error = rp.MissingExtraError("onnx", "onnx")
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, rp.MissingExtraError)
+    assert str(again) == str(error)
 
 
 class Named(NamedTuple):
@@ -62,8 +83,9 @@ class Named(NamedTuple):
 
 def test_example_inputs_come_to_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
+    owner = OwnsTRP(rule=rp.Energy(0.9))
     monkeypatch.setattr("rankprune.integrations.callback.TRP", lambda model, **settings: given.update(settings))
-    OwnsTRP(rule=rp.Energy(0.9)).start(nn.Linear(4, 4, device="meta"), 10, {"x": torch.zeros(1, 4)})
+    owner.start(nn.Linear(4, 4, device="meta"), 10, {"x": torch.zeros(1, 4)})
     assert given["example_inputs"]["x"].is_meta
 
 

@@ -28,7 +28,7 @@ def test_a_plan_survives_json(plan: rp.Plan, tmp_path: Path) -> None:
 
 def test_the_json_form_is_fixed(plan: rp.Plan) -> None:
     data = json.loads(plan.to_json())
-    keys = "format layers macs_dense params_dense scheme rule uncounted ms_dense ms_measured setting input_shapes"
+    keys = "format layers macs_dense params_dense scheme rule uncounted ms_dense ms_measured setting input_shapes calibrated"
     assert list(data) == keys.split()
     assert data["format"] == 1
     assert data["rule"] == "Budget(macs=0.5)"
@@ -114,6 +114,7 @@ def edited(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda d: d["layers"][0].update(ms_before="x"), "ms_before"),
         (lambda d: d["layers"][0].update(shape=[3, "x"]), "shape"),
         (lambda d: d.update(input_shapes=[["x"]]), "shape"),
+        (lambda d: d.update(calibrated="yes"), "calibrated"),
         (lambda d: d.update(params_dense=1.5), "params_dense"),
         (lambda d: d.update(macs_dense="x"), "macs_dense"),
         (lambda d: d.update(ms_measured="x"), "ms_measured"),
@@ -150,6 +151,26 @@ def test_two_plans_in_one() -> None:
     for wrong in (other, rp.make_plan(nn.Sequential(nn.Linear(8, 8)), rule=rp.FixedRank(2), include=["*"])):
         with pytest.raises(rp.RankPruneError, match="not of the same model, or not of example inputs"):
             a | wrong
+
+
+def test_a_layer_that_neither_of_two_plans_decomposes_has_the_reasons_of_both() -> None:
+    model, x = ConvNet(), images()
+    a = rp.make_plan(model, x, rule=rp.Budget(macs=0.99), scheme="channel", exclude=["up"])
+    b = rp.make_plan(model, x, rule=rp.FixedRank(3), include=["up"])
+    stays = next(name for name, reason in a.skipped.items() if "the budget has room" in reason)
+    assert (a | b).skipped[stays] == f"{a.skipped[stays]}; not named by an include pattern"
+    c = rp.make_plan(model, x, rule=rp.FixedRank(3), include=["point"])
+    assert (b | c).skipped["stem"] == b.skipped["stem"] == "not named by an include pattern"
+
+
+def test_a_calibrated_plan_says_so(plan: rp.Plan) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    calibrated = rp.make_plan(model, rule=rp.Energy(0.9), calibration=[torch.randn(32, 16)])
+    assert calibrated.calibrated
+    assert rp.Plan.from_json(calibrated.to_json()) == calibrated
+    assert "errors are of the layers' outputs on calibration inputs" in str(calibrated)
+    assert not plan.calibrated
+    assert "calibration" not in str(plan)
 
 
 def test_a_plan_that_cannot_be_written_leaves_the_older_one_whole(

@@ -1,6 +1,7 @@
 """TRP against a training loop written out by hand."""
 
 import copy
+import pickle
 from collections.abc import Iterable
 
 import pytest
@@ -11,7 +12,7 @@ import rankprune as rp
 from by_hand import CONSIDERED, SCHEMES, as_matrices, assert_same, batches, network, reference, sgd, train
 from rankprune import linalg, schemes
 from rankprune.planner import Planner
-from rankprune.projection import project_with_subgradients
+from rankprune.projection import project_factored
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -137,7 +138,7 @@ def test_a_rank_beyond_the_known_vectors_has_the_layer_factored_whole(fixed: boo
     plan = planner.plan(factored, rp.FixedRank(100) if fixed else rp.SingularValue(float(s[99:101].mean())))
     assert plan.ranks == {"0": 100}
     assert plan.decomposed["0"].error == pytest.approx(float(s[100:].square().sum() / s.square().sum()), rel=1e-3)
-    project_with_subgradients(factorizer, plan, factored, {"0"})
+    project_factored(factorizer, plan, factored, {"0"})
     torch.testing.assert_close(model[0].weight.detach().double(), (u[:, :100] * s[:100]) @ vh[:100], rtol=0, atol=1e-5)
 
 
@@ -153,7 +154,7 @@ def test_a_large_layer_that_loses_its_rank_has_a_nuclear_term_over_all_ranks_aga
     plan = planner.plan(factored, rp.FixedRank(300))
     assert not plan.projected
     weight = model[0].weight.detach().clone()
-    term = project_with_subgradients(factorizer, plan, factored, {"0"})["0"]
+    term = project_factored(factorizer, plan, factored, {"0"})["0"]
     assert torch.equal(model[0].weight, weight)
     u, _, vh = torch.linalg.svd(weight.double())
     torch.testing.assert_close(term.double(), u @ vh, rtol=0, atol=1e-3)
@@ -235,3 +236,31 @@ def test_once_ranks_are_kept_nothing_is_factored_but_what_is_used(scheme: str, m
     optimizer.step()
     moved = {name.removesuffix(".weight") for name, value in model.named_parameters() if not value.equal(before[name])}
     assert moved == {name for name, _ in planned}
+
+
+def test_a_copy_is_not_attached() -> None:
+    model = network()
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=2, nuclear=1e-3)
+    optimizer = sgd(model)
+    trp.attach(optimizer)
+    model2, optimizer2, trp2 = copy.deepcopy((model, optimizer, trp))
+    again = pickle.loads(pickle.dumps(trp))
+    assert trp.attached
+    assert trp2.model is model2
+    for each in (trp2, again):
+        assert not each.attached
+    trp2.attach(optimizer2)
+    train(model, optimizer, steps=4)
+    train(model2, optimizer2, steps=4)
+    assert trp.steps == trp2.steps == 4
+    assert_same(model2, model)
+
+
+def test_finalize_keeps_no_subgradients() -> None:
+    model = network()
+    optimizer = sgd(model)
+    trp = rp.TRP(model, rule=rp.Energy(0.8), every=2, nuclear=1e-3).attach(optimizer)
+    train(model, optimizer, steps=3)
+    assert trp._iteration.subgradients
+    trp.finalize()
+    assert trp._iteration.subgradients is None

@@ -39,6 +39,14 @@ def network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def test_layers_without_a_rank_to_try_are_not_timed() -> None:
+    model = nn.Sequential(*network()[:4], nn.Conv2d(64, 64, 1, groups=64), *network()[4:])
+    trp = make(model)
+    trp.attach(sgd(model))
+    assert "no rank is cheaper" in trp.project().skipped["4"]
+    assert "4" not in trp.state_dict()["latency"]["alone"]
+
+
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(9))
 
 

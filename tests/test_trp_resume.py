@@ -103,7 +103,7 @@ def test_state_of_another_model(kind: str, nuclear: float) -> None:
     theirs = rp.TRP(other, rule=rp.Energy(0.8), nuclear=nuclear)
     theirs.project()
     trp = rp.TRP(network(), rule=rp.Energy(0.8), nuclear=nuclear)
-    for nothing in (None, {}):
+    for nothing in (None, {}, {"steps": 3}):
         with pytest.raises(rp.RankPruneError, match="no state of a TRP"):
             trp.load_state_dict(nothing)
     with pytest.raises(rp.RankPruneError, match="another model"):

@@ -1,6 +1,6 @@
 """rankprune: train a network so that its layers become low-rank, then replace each by two thin ones, exactly."""
 
-from rankprune.checkpoint import load, save
+from rankprune.checkpoint import load, load_plan, save
 from rankprune.cost import Count, count
 from rankprune.decompose import decompose
 from rankprune.errors import CheckpointError, ExportError, FactorizationError, MissingExtraError, RankPruneError
@@ -37,6 +37,7 @@ __all__ = [
     "export",
     "export_onnx",
     "load",
+    "load_plan",
     "make_plan",
     "measure",
     "project",

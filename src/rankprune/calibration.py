@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, check_batches, cloned, tried
-from rankprune.linalg import bases, in_parts
+from rankprune.linalg import eigen, in_parts
 from rankprune.passes import uncompiled
 from rankprune.schemes import Key, Scheme
 
@@ -152,8 +152,7 @@ def _whitening(covariance: Tensor, on_rows: bool, name: str) -> Whitening:
             f"the input of layer {name!r} holds NaN or infinite values on these calibration inputs; look for them in the "
             "inputs, or, if the model is in half precision, calibrate in float32"
         )
-    basis = bases([covariance.double()], [name])[0]  # the singular vectors of a covariance are its eigenvectors
-    values, vectors = basis.values, basis.vectors
+    values, vectors = eigen(covariance.double())
     floor = 1e-6 * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     roots = values.maximum(floor).sqrt()
     return Whitening((vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT, on_rows)

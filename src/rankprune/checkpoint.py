@@ -91,7 +91,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
 
 
 def load_plan(folder: str | Path) -> Plan:
-    """The plan of an artefact.
+    """The plan of an artefact: to save the model again, say, after it was loaded and fine-tuned.
 
     Raises:
         CheckpointError: as load.
@@ -123,15 +123,15 @@ def _read_head(folder: Path) -> _Head:
         raise CheckpointError(
             f"{str(path)!r} is of format {head.get('format')!r}, this version reads {FORMAT}: save it again with this version"
         )
-    aliases = head.get("aliases", {})
+    aliases = head.get("aliases")
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{str(path)!r} is damaged: its aliases are {aliases!r}; copy or save it again")
-    named = head.get("buffers", {})
+    named = head.get("buffers")
     known = {name: getattr(torch, str(dtype), None) for name, dtype in named.items()} if isinstance(named, dict) else {}
     buffers = {name: dtype for name, dtype in known.items() if isinstance(dtype, torch.dtype)}
     if not isinstance(named, dict) or buffers.keys() != named.keys():
         raise CheckpointError(f"{str(path)!r} is damaged: its buffers are {named!r}; copy or save it again")
-    if not isinstance(geometry := head.get("geometry", {}), dict):
+    if not isinstance(geometry := head.get("geometry"), dict):
         raise CheckpointError(f"{str(path)!r} is damaged: its geometry is {geometry!r}; copy or save it again")
     return _Head(Plan.from_json(json.dumps(head["plan"])), aliases, geometry, buffers)
 

@@ -34,7 +34,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
         FactorizationError: if a weight is not finite.
 
     Warns:
-        UserWarning: if planned layers have hooks, which they lose.
+        UserWarning: if planned layers have hooks, which they lose, or if the plan was calibrated and this is not.
 
     >>> from rankprune.planner import make_plan
     >>> from rankprune.rules import FixedRank
@@ -55,6 +55,12 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Iterable[Inputs] | N
     if hooked := [name for name, module in modules.items() if has_hooks(module)]:
         warnings.warn(
             f"layers {', '.join(hooked[:3])} have got hooks since the plan was made; their pairs lose them", stacklevel=3
+        )
+    if plan.calibrated and calibration is None:
+        warnings.warn(
+            "the ranks of this plan were chosen by the layers' outputs on calibration inputs; without calibration= here too, "
+            "the weights alone are truncated at them, which may lose far more",
+            stacklevel=3,
         )
     keys = [(name, plan.choices[name][0]) for name in modules]
     layers = {(name, scheme): (modules[name], SCHEMES[scheme]) for name, scheme in keys}

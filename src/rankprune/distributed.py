@@ -73,6 +73,11 @@ class Team:
         team._group, team.size, team.rank = None, 1, 0
         return team
 
+    @property
+    def parted(self) -> bool:
+        """Whether it was of several processes, whose groups have been destroyed since."""
+        return self.size > 1 and not dist.is_initialized()
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Make sure that these are the same, and in the same order, for all members.
 

@@ -1,6 +1,7 @@
 """The exceptions. All derive from RankPruneError; messages name the failing value and the way out."""
 
 import sys
+from typing import Any
 
 
 class RankPruneError(ValueError):
@@ -26,3 +27,13 @@ class MissingExtraError(RankPruneError, ImportError):
         cause = sys.exception()
         why = f", which cannot be imported ({str(cause).splitlines()[0]})" if cause is not None and str(cause) else ""
         super().__init__(f"this needs the package {package!r}{why}; install it with: pip install 'rankprune[{extra}]'")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its text, not by what __init__ takes: it may come from another process."""
+        return _restored, self.args
+
+
+def _restored(*args: Any) -> MissingExtraError:
+    error = MissingExtraError.__new__(MissingExtraError)
+    error.args = args
+    return error

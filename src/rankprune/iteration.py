@@ -13,7 +13,7 @@ from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored
 from rankprune.plan import Plan
 from rankprune.planner import Planner
-from rankprune.projection import project_factored, project_with_subgradients, subgradients
+from rankprune.projection import project_factored, subgradients
 from rankprune.rules import RankRule
 from rankprune.schedule import Schedule
 from rankprune.schemes import Key
@@ -51,7 +51,7 @@ class LowRankIteration:
     def project(self, steps: int) -> Plan:
         """Choose ranks as is due after so many steps, and project; see TRP.project."""
         rule = self.schedule.rule if self._settled else self.schedule.rule_after(steps)
-        return self._project(steps, rule, self._factor(steps))
+        return self._project(steps, rule, self._factor(steps, self.nuclear), self.nuclear)
 
     def finish(self, steps: int) -> Plan:
         """Project for the last time, by the rule in full, and time the network where the rule goes by latency.
@@ -66,10 +66,10 @@ class LowRankIteration:
             project_factored(self._factorizer, plan, factored)
             now = kept = _with_errors(before, factored)
         else:
-            factored = self._factor(steps)
+            factored = self._factor(steps, nuclear=False)
             kept = before and _with_errors(before, factored)
             ramp_goes_on = self._annealed and steps < self.schedule.ramp  # where the training does
-            plan = now = self._project(steps, self.schedule.rule, factored)
+            plan = now = self._project(steps, self.schedule.rule, factored, nuclear=False)
             self._annealed = ramp_goes_on
         if before is not None and kept is not None and (more := _cut_more(before, kept, now)):
             warnings.warn(more, stacklevel=3)
@@ -114,16 +114,16 @@ class LowRankIteration:
         unranked = sorted(set(names) - {name for name, _ in planned})
         return planned + [self._factorizer.options[name][0].key for name in unranked]
 
-    def _factor(self, steps: int) -> Factored:
+    def _factor(self, steps: int, nuclear: bool) -> Factored:
         """What a projection after so many steps reads of the weights: where ranks are chosen, of all layers and schemes."""
         planner, factorizer = self._planner, self._factorizer
         if planner.latency is not None and planner.latency.table is None:
             planner.join(factorizer.team)  # not attached
         if self._keeps_ranks(steps):
-            return factorizer.factor(self._starts, self._used(self._regularised(steps) if self.nuclear else ()))
+            return factorizer.factor(self._starts, self._used(self._regularised(steps) if nuclear else ()))
         return factorizer.factor(self._starts)
 
-    def _project(self, steps: int, rule: RankRule, factored: Factored) -> Plan:
+    def _project(self, steps: int, rule: RankRule, factored: Factored, nuclear: bool) -> Plan:
         planner, factorizer = self._planner, self._factorizer
         if self.plan is not None and self._keeps_ranks(steps):
             self.plan = _with_errors(self.plan, factored)
@@ -132,11 +132,9 @@ class LowRankIteration:
                 self._correct_latency(factored)
             self.plan = planner.plan(factored, rule)
             self._annealed = rule is not planner.rule
-        if self.nuclear:
-            self.subgradients = project_with_subgradients(factorizer, self.plan, factored, self._regularised(steps))
-        else:
-            self.subgradients = None
-            project_factored(factorizer, self.plan, factored)
+        names = self._regularised(steps) if nuclear else ()
+        terms = project_factored(factorizer, self.plan, factored, names)
+        self.subgradients = terms if nuclear else None
         self._starts = factorizer.leading(self.plan, factored)
         self.projected_at = steps
         ranks = self.plan.ranks
@@ -194,8 +192,8 @@ class LowRankIteration:
         Raises:
             RankPruneError: as TRP.load_state_dict; nothing is changed then.
         """
-        here, there = self._shapes(), state.get("layers", {})
-        if state.get("scheme", self._planner.scheme) != self._planner.scheme:
+        here, there = self._shapes(), state["layers"]
+        if state["scheme"] != self._planner.scheme:
             raise RankPruneError(f"this state is of scheme {state['scheme']!r}, not {self._planner.scheme!r}")
         differing = [name for name in {**here, **there} if list(here.get(name, ())) != list(there.get(name, ()))]
         if differing:
@@ -203,7 +201,7 @@ class LowRankIteration:
                 f"this state is of another model, or of other include and exclude patterns: it differs in {differing[:3]}"
             )
         plan = None if state["plan"] is None else Plan.from_json(state["plan"])
-        if self._planner.latency is not None and state.get("latency"):  # what was measured before decides on
+        if self._planner.latency is not None and state["latency"]:  # what was measured before decides on
             self._planner.latency.load(state["latency"])
         self.plan, self.projected_at, self._annealed = plan, state["projected_at"], state["annealed"]
         self.history = _from_changes(state["history"])
@@ -215,7 +213,7 @@ class LowRankIteration:
         self.subgradients = terms or None  # those of shards are not in it: all are found anew
         starts = state["starts"]
         self._starts = starts and {(name, scheme): start.to(weights[name].device) for (name, scheme), start in starts.items()}
-        if state.get("ranks_by", self._ranks_by) != self._ranks_by:
+        if state["ranks_by"] != self._ranks_by:
             self._annealed = True
             warnings.warn(
                 f"this state is of a training with {state['ranks_by']}; from the next projection on ranks are chosen by "
@@ -265,6 +263,9 @@ def _as_changes(history: Sequence[tuple[int, dict[str, int]]]) -> list[tuple[int
     """Of each entry the ranks that are not those of the one before, None for a layer that has none any more."""
     changes, before = [], {}
     for step, ranks in history:
+        if ranks is before:  # entries with the same ranks share them
+            changes.append((step, {}))
+            continue
         gone = dict.fromkeys(before.keys() - ranks.keys())
         changes.append((step, {name: rank for name, rank in ranks.items() if before.get(name) != rank} | gone))
         before = ranks

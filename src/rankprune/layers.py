@@ -127,7 +127,8 @@ def _holds_matrix(module: nn.Module) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether it is a quantized layer, which keeps its weight behind a method. Computes no weight that is parametrized."""
-    return inspect.isfunction(inspect.getattr_static(type(module), "weight", None))
+    method = inspect.isfunction(inspect.getattr_static(type(module), "weight", None))
+    return method and getattr(module, "_packed_params", None) is not None
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -142,9 +142,9 @@ def _extra(rank: int) -> int:
 
 def _whole(a: Tensor, energy: Tensor, on_rows: bool) -> Basis | None:
     """All of the basis of (stack, k, other side), from a Gram matrix in float32."""
-    squares, vectors = torch.linalg.eigh(a @ a.mT)
-    values = squares.flip(-1).double().clamp(min=0).sqrt()
-    return Basis(vectors.flip(-1), values, energy, on_rows) if values.isfinite().all() else None
+    squares, vectors = _descending(a @ a.mT)
+    values = squares.double().sqrt()
+    return Basis(vectors, values, energy, on_rows) if values.isfinite().all() else None
 
 
 def _leading(a: Tensor, energy: Tensor, start: Tensor, on_rows: bool) -> Basis | None:
@@ -161,8 +161,8 @@ def _leading(a: Tensor, energy: Tensor, start: Tensor, on_rows: bool) -> Basis |
         q = _orthonormal(a @ b.mT)
         b = q.mT @ a
         wide = b.double()
-        squares, turn = torch.linalg.eigh(wide @ wide.mT)
-        squares, turn = squares.flip(-1).clamp(min=0), turn.flip(-1).to(q.dtype)
+        squares, turn = _descending(wide @ wide.mT)
+        turn = turn.to(q.dtype)
         if not squares.isfinite().all():
             return None
         before, head = head, squares[..., :rank].sum(-1)
@@ -226,8 +226,25 @@ def _factor(batch: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:
 def _by_gram(batch: Tensor) -> tuple[Tensor, Tensor]:
     wide = batch.double()
     gram = wide @ wide.mT if batch.shape[1] <= batch.shape[2] else wide.mT @ wide
+    squares, vectors = _descending(gram)
+    return squares.sqrt(), vectors
+
+
+@torch.no_grad()
+def eigen(covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors, as columns, of symmetric positive matrices (b, k, k): (b, k), (b, k, k)."""
+    try:
+        values, vectors = _descending(covariances)
+        if values.isfinite().all() and vectors.isfinite().all():
+            return values, vectors
+    except LinAlgError:
+        pass
+    return _by_svd(covariances)  # their singular vectors are their eigenvectors
+
+
+def _descending(gram: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram)
-    return squares.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+    return squares.flip(-1).clamp(min=0), vectors.flip(-1)
 
 
 def _by_svd(batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ class LayerPlan:
 
     `shape` is that of its weight. MACs are over the whole example batch, None where none was given. Parameters include the
     bias. `error` is the share of the weight's energy that the truncation loses, only by projection where the layer stays dense:
-    sum of s_j^2 beyond the rank over that of all. Milliseconds are predicted ones, in the plan's setting, where its rule goes
-    by latency.
+    sum of s_j^2 beyond the rank over that of all; in a calibrated plan, of the energy of the layer's outputs. Milliseconds are
+    predicted ones, in the plan's setting, where its rule goes by latency.
     """
 
     name: str
@@ -54,7 +54,8 @@ class Plan:
 
     `uncounted` names modules that ran but whose MACs could not be counted: they are missing from all MACs here. Where the rule
     goes by latency, `ms_dense` is how long the dense model was measured to take, in this `setting` and on inputs of these
-    `input_shapes`, and `ms_measured` how long it took decomposed like this, with random weights, if that was timed.
+    `input_shapes`, and `ms_measured` how long it took decomposed like this, with random weights, if that was timed. A plan
+    is `calibrated` if ranks were chosen by the layers' outputs on calibration inputs.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -67,6 +68,7 @@ class Plan:
     ms_measured: float | None = None
     setting: Setting | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
+    calibrated: bool = False
 
     @cached_property
     def decomposed(self) -> dict[str, LayerPlan]:
@@ -123,16 +125,16 @@ class Plan:
             raise RankPruneError("these plans are not of the same model, or not of example inputs of the same shapes")
         if both := sorted(self.projected.keys() & other.projected.keys()):
             raise RankPruneError(f"both plans give the layers {both[:3]} a rank; leave them out of one with exclude=")
-        layers = [b if a.rank is None else a for a, b in zip(self.layers, other.layers, strict=True)]
         return replace(
             self,
-            layers=tuple(replace(e, ms_before=None, ms_after=None) for e in layers),
+            layers=tuple(_either(a, b) for a, b in zip(self.layers, other.layers, strict=True)),
             scheme=self.scheme if self.scheme == other.scheme else "auto",
             rule=f"{self.rule}; {other.rule}",
             ms_dense=None,
             ms_measured=None,
             setting=None,
             input_shapes=(),
+            calibrated=self.calibrated or other.calibrated,
         )
 
     def to_json(self) -> str:
@@ -199,6 +201,8 @@ class Plan:
                 rank, params = f"{e.rank}/{e.full_rank}", f"{e.params_before:,} > {e.params_after:,}"
                 rows.append((e.name, f"{e.kind} {shape}", e.scheme or "", rank, f"{e.error:.2%}", macs, params))
         lines = aligned(rows, "<<<<<--")
+        if self.calibrated:
+            lines.append("errors are of the layers' outputs on calibration inputs")
         if self.macs is not None and self.macs_dense:
             lines.append(f"MACs {self.macs_dense:,} > {self.macs:,} ({self.macs_dense / self.macs:.2f}x fewer)")
         if self.uncounted:
@@ -210,6 +214,14 @@ class Plan:
             faster = f"{self.ms_dense / self.ms:.2f}x faster"
             lines.append(f"ms {self.ms_dense:.2f} > {self.ms:.2f} ({faster}, predicted{measured}{where})")
         return "\n".join(lines)
+
+
+def _either(a: LayerPlan, b: LayerPlan) -> LayerPlan:
+    """Of two entries of a layer, of which at most one has a rank, that one; if none has, the layer has the reasons of both."""
+    entry = replace(b if a.rank is None else a, ms_before=None, ms_after=None)
+    if entry.rank is not None or a.reason == b.reason:
+        return entry
+    return replace(entry, reason=f"{a.reason}; {b.reason}")
 
 
 def _where(setting: Setting) -> str:
@@ -242,7 +254,7 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
     """Raise TypeError for a number or text of another type than the field of that name; JSON has whole numbers for floats."""
     for name, hint in get_type_hints(kind).items():
         types = get_args(hint) or (hint,)
-        if name in values and {*types} <= {int, float, str, NoneType}:
+        if name in values and {*types} <= {bool, int, float, str, NoneType}:
             allowed = (*types, int) if float in types else types
             if type(values[name]) not in allowed:
                 raise TypeError(f"{name}: {values[name]!r}")

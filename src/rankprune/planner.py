@@ -13,7 +13,7 @@ from rankprune.distributed import Team
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
 from rankprune.inputs import Inputs
-from rankprune.latency import LatencyTable, NetworkLatency, Variant
+from rankprune.latency import LatencyTable, LayerTimes, NetworkLatency, Variant
 from rankprune.plan import LayerPlan, Plan
 from rankprune.rules import Candidate, Choice, RankRule, check_rule
 from rankprune.schemes import Key
@@ -77,10 +77,11 @@ class Planner:
         if rule.metric == "latency" and example_inputs is not None:
             tries = backend_named(rule.backend).ranks
             subjects = {name: subject(schemes, tries, round_to) for name, schemes in options.items()}
-            self.latency = NetworkLatency(self.model, example_inputs, subjects, rule.backend, rule.threads)
+            worth = {name: each for name, each in subjects.items() if any(each.ranks.values())}
+            self.latency = NetworkLatency(self.model, example_inputs, worth, rule.backend, rule.threads)
         else:
             self._choose_flat()
-        self.factorizer = Factorizer(self.model, options, calibration)
+        self.factorizer, self._calibrated = Factorizer(self.model, options, calibration), calibration is not None
 
     def join(self, team: Team) -> None:
         """From now on share the factorisations with the other processes of a team; all must then call the same methods.
@@ -122,6 +123,7 @@ class Planner:
             ms_measured=None if table is None else _in_ms(table.measured_ns(_variant(choices))),
             setting=None if table is None else table.setting,
             input_shapes=() if table is None else table.input_shapes,
+            calibrated=self._calibrated,
         )
 
     def correct_latency(self, factored: Factored) -> None:
@@ -280,7 +282,7 @@ def make_plan(
 def _candidate(option: Option, spectrum: Spectrum, round_to: int, table: LatencyTable | None) -> Candidate:
     dense, pair_ns = option.dense, None
     if table is not None:
-        times = table.layers[option.layer.name]
+        times = table.layers.get(option.layer.name, LayerTimes(0, {}))  # those without a rank to try are not timed
         dense, pair_ns = replace(dense, ns=times.dense_ns), times.pair_ns.get(option.scheme.name, {})
     return Candidate(option.scheme.name, spectrum, option.unit, dense, round_to, pair_ns)
 

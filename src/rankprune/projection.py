@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune import linalg
+from rankprune.distributed import is_sharded
 from rankprune.errors import RankPruneError
 from rankprune.factorizer import Factored, Factorizer
 from rankprune.layers import own_weight, unfactorable
@@ -32,6 +33,11 @@ def planned_modules(model: nn.Module, entries: Mapping[str, LayerPlan]) -> dict[
         weight = own_weight(module)
         if isinstance(weight, nn.UninitializedParameter):
             raise RankPruneError(f"layer {name!r} is lazy and has no shape yet; run one forward pass first")
+        if weight is not None and is_sharded(weight):
+            raise RankPruneError(
+                f"the weight of layer {name!r} is sharded over processes; TRP.finalize(into=...) puts it together, or load the "
+                "full state into a fresh dense model"
+            )
         shape = None if weight is None else tuple(weight.shape)
         if own_type(module).__name__ != entry.kind or shape != entry.shape:
             raise RankPruneError(
@@ -88,26 +94,13 @@ def project(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def project_factored(factorizer: Factorizer, plan: Plan, factored: Factored) -> None:
-    """As project, for the weights that `factored` is of; every process of the team computes those it owns."""
-
-    def compute() -> dict[str, Tensor]:
-        return {
-            owned.name: owned.as_weight(linalg.project(owned.stack, owned.basis, owned.rank))
-            for owned in _owned(factorizer, plan, factored)
-            if owned.rank is not None
-        }
-
-    _write(factorizer, plan, factorizer.team.together(compute))
-
-
-@torch.no_grad()
-def project_with_subgradients(
-    factorizer: Factorizer, plan: Plan, factored: Factored, names: Collection[str]
-) -> dict[str, Tensor]:
-    """project_factored and subgradients at once, for less than the two.
+def project_factored(factorizer: Factorizer, plan: Plan, factored: Factored, names: Collection[str] = ()) -> dict[str, Tensor]:
+    """As project, for the weights that `factored` is of; every process of the team computes those it owns.
 
     Those of `names` that the plan gives no rank, though leading vectors were known, are factored whole, into `factored`.
+
+    Returns:
+        subgradients() of the layers in `names`, which cost less at once than apart.
     """
     factorizer.complete(factored, [factorizer.options[name][0].key for name in names if name not in plan.projected])
 
@@ -126,7 +119,8 @@ def project_with_subgradients(
         return low, own
 
     low, own = factorizer.team.together(compute)
-    _write(factorizer, plan, low)
+    weights = factorizer.weights()
+    factorizer.team.publish({name: weights[name] for name in plan.projected}, low, factorizer.owner)
     return _gathered(factorizer, own, names)
 
 
@@ -145,11 +139,6 @@ def subgradients(factorizer: Factorizer, plan: Plan | None, factored: Factored, 
         }
 
     return _gathered(factorizer, factorizer.team.together(compute), names)
-
-
-def _write(factorizer: Factorizer, plan: Plan, low: Mapping[str, Tensor]) -> None:
-    weights = factorizer.weights()
-    factorizer.team.publish({name: weights[name] for name in plan.projected}, low, factorizer.owner)
 
 
 def _gathered(factorizer: Factorizer, own: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:

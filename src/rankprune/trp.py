@@ -117,6 +117,10 @@ class TRP:
         said = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         return f"TRP({said}; {self.steps} steps, {'attached' if self.attached else 'not attached'})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which is not attached: hooks stay with the optimizer that they were registered on."""
+        return self.__dict__ | {"_handles": [], "_outermost": Outermost()}
+
     @property
     def schedule(self) -> Schedule:
         """When it projects, and by which rule."""
@@ -284,6 +288,10 @@ class TRP:
         sharded = any(is_sharded(p) for p in self.model.parameters())
         if sharded and into is None:
             raise RankPruneError("the weights are sharded over processes: give finalize(into=...) a fresh dense model to fill")
+        if self._factorizer.team.parted:  # as by Accelerate's end_training()
+            if sharded:
+                raise RankPruneError("the processes that hold the shards have parted: finalize() before the group is destroyed")
+            self._factorizer.share_out(Team.alone())
         if why := self._iteration.unsettled(self.steps):
             warnings.warn(
                 f"{why}: finalize() truncates more than the network was trained for. Ramps and every= count optimizer steps, "
@@ -332,7 +340,7 @@ class TRP:
             RankPruneError: if it is no state of a TRP, or one of another model, or holds latencies of another backend, dtype
                 or number of threads.
         """
-        if not isinstance(state, dict) or "steps" not in state:
+        if not isinstance(state, dict) or self.state_dict().keys() - state.keys():
             raise RankPruneError("this is no state of a TRP; give what state_dict() returned")
         self._iteration.load_state_dict(state)
         self.steps = state["steps"]

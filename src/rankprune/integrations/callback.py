@@ -1,5 +1,6 @@
 """What the callbacks of all trainers share: a TRP that is made when the training starts, since they come before its model."""
 
+import inspect
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs, on_device
 from rankprune.rules import RankRule, check_rule
+from rankprune.schedule import Schedule
 from rankprune.trp import TRP
 
 
@@ -26,7 +28,8 @@ class OwnsTRP:
         trp: the TRP of the present or the last training; None before the first.
 
     Raises:
-        RankPruneError: for shares out of range, for what is no rule, or a ramp for a rule that cannot be annealed.
+        RankPruneError: for shares out of range, for what is no rule, a ramp for a rule that cannot be annealed, or as Schedule.
+        TypeError: for an argument that TRP does not take.
     """
 
     def __init__(
@@ -44,7 +47,12 @@ class OwnsTRP:
                 raise RankPruneError(
                     f"{when}={value}: give a share of the training from 0.0 to 1.0, or a whole number of steps"
                 )
+        if freeze is not None and isinstance(ramp, float) == isinstance(freeze, float) and freeze < ramp:
+            raise RankPruneError(f"ramp={ramp}, freeze={freeze}: freeze no earlier than the end of the ramp")
         check_rule(rule, ramp)
+        given = inspect.signature(TRP).bind(None, rule=rule, **settings)  # a TypeError for an argument that there is not
+        given.apply_defaults()
+        Schedule(rule, given.arguments["every"])
         super().__init__()  # the trainer's own class
         self.trp: TRP | None = None
         self.rule, self.ramp, self.freeze, self.example_inputs = rule, ramp, freeze, example_inputs
