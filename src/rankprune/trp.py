@@ -267,10 +267,10 @@ class TRP:
         """Project once more, detach, and return a decomposed copy of the model; `plan` says how.
 
         The projection is of `model` itself, which stays dense and computes what the copy does. That ends this TRP's part in
-        the training; in between, ``decompose(model, trp.plan)`` is the network as it would be now. If the last step was itself
-        followed by a projection in full, its ranks count. Where the rule goes by latency, the first process times the network
-        as it is decomposed, for the plan's `ms_measured`, while the others wait; not if the weights are sharded, or the times
-        it goes by are from another machine.
+        the training; in between, ``decompose(model, trp.plan)`` is the network as it would be now, where no weight is sharded.
+        If the last step was itself followed by a projection in full, its ranks count. Where the rule goes by latency, the first
+        process times the network as it is decomposed, for the plan's `ms_measured`, while the others wait; not if the weights
+        are sharded, or the times it goes by are from another machine.
 
         Args:
             into: a fresh dense model, which takes up the weights and is decomposed in place of `model`. Needed where the

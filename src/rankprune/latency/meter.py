@@ -24,6 +24,7 @@ from rankprune.replacement import with_pairs
 from rankprune.schemes import Scheme
 from rankprune.schemes.base import CHANNELS_LAST, Convolution, is_channels_last
 from rankprune.timing import spread, time_together
+from rankprune.wrappers import named_modules
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +170,14 @@ class Meter:
         That is where the dense one takes longer than `dense_ns`, as before, by more than a fifth; it counts as noise.
         """
 
+        place = self._backend.placed_model
+
         def measure() -> dict[str, Any]:
-            networks = [model]
+            networks = [place(model)]  # before the copies: they are not made on a GPU for a runtime of the CPU
+            modules = named_modules(networks[0])
             for variant in variants:
-                pairs = {name: subjects[name].pair(scheme, rank) for name, (scheme, rank) in variant.items()}
-                networks.append(with_pairs(model, {name: subjects[name].module for name in variant}, pairs))
+                pairs = {name: place(subjects[name].pair(scheme, rank)) for name, (scheme, rank) in variant.items()}
+                networks.append(with_pairs(networks[0], {name: modules[name] for name in variant}, pairs))
                 networks[-1].eval()  # not as a value: some train() return nothing
             ms, noise = self._time(networks, x, None if dense_ns is None else dense_ns / 1e6)
             return {"ms": ms, "spread": noise, "busy": dense_ns is not None and 1e6 * ms[0] > (1 + NOISY) * dense_ns}
