@@ -30,7 +30,7 @@ docs: .venv/ready
 RUN := $(BIN)/rankprune bench run benchmarks/experiments
 REPORT := $(BIN)/rankprune report --into README.md --plots docs/plots
 CONTINUED := %-continued %-continued-distilled
-named = $(notdir $(basename $(wildcard benchmarks/experiments/$1.toml)))
+named = $(sort $(notdir $(basename $(wildcard benchmarks/experiments/$1.toml))))
 in_order = $(filter %-dense,$1) $(filter %-dense-continued,$1) $(filter-out %-dense $(CONTINUED),$1) \
 	$(filter-out %-dense-continued,$(filter $(CONTINUED),$1))
 

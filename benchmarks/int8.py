@@ -20,9 +20,10 @@ import rankprune as rp
 from rankprune.backends import BACKENDS, FileBackend, Program
 from rankprune.backends.onnxruntime import quantize_onnx
 from rankprune.recipes.batches import eval_batches
+from rankprune.recipes.data import images_of
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.images import load_images
-from rankprune.recipes.networks import build, load_weights
+from rankprune.recipes.networks import RUN, build, load_weights
 from rankprune.recipes.record import provenance, write
 from rankprune.rules import parse_rule
 from rankprune.timing import spread, time_together
@@ -43,9 +44,10 @@ def run_of(description: str | None) -> tuple[Experiment, Folders]:
 
 def trained(e: Experiment, folders: Folders) -> tuple[nn.Module, nn.Module, list[Tensor]]:
     """The dense and the decomposed network of a finished run, and batches of training images to calibrate on."""
-    images = load_images(folders.data / "cifar10", "train").subset(torch.arange(CALIBRATION))
-    dense, small = build(e.model, 10), rp.load(folders.runs / e.name / "artefact", build(e.model, 10))
-    load_weights(dense, e.reference or e.start or "", folders.models, folders.runs)
+    images = load_images(images_of(e, folders.data), "train").subset(torch.arange(CALIBRATION))
+    classes = len(images.classes)
+    dense, small = build(e.model, classes), rp.load(folders.runs / e.name / "artefact", build(e.model, classes))
+    load_weights(dense, e.reference or f"{RUN}{e.name}", folders.models, folders.runs)
     return dense, small, [batch for batch, _ in eval_batches(images, BATCH)]
 
 
@@ -82,7 +84,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print, and write the result."""
     e, folders = run_of(__doc__)
-    test = list(eval_batches(load_images(folders.data / "cifar10", "test"), BATCH))[:-1]  # whole batches
+    test = list(eval_batches(load_images(images_of(e, folders.data), "test"), BATCH))[:-1]  # whole batches
     dense, small, calibration = trained(e, folders)
     found = []
     for row, program in rows(dense, small, calibration):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,9 +61,19 @@ def test_what_has_no_checkpoint_is_not_trained_anew_where_it_is_to_be_evaluated_
     weights = tmp_path / "runs" / "row" / "dense.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"kept")
+    again = ["bench", "run", str(tmp_path / "row.toml"), "--again", "--runs", str(tmp_path / "runs")]
     with pytest.raises(RankPruneError, match=r"there is no '.*checkpoint\.pt'; it is trained without --again"):
-        invoke("bench", "run", str(tmp_path / "row.toml"), "--again", "--runs", str(tmp_path / "runs"))
+        invoke(*again)
     assert weights.read_bytes() == b"kept"
+    weights.rename(weights.with_name("checkpoint.pt"))  # as of a run that was interrupted
+    with pytest.raises(RankPruneError, match=r"there is no '.*dense\.safetensors'; it is trained without --again"):
+        invoke(*again)
+
+
+def test_where_nothing_can_be_written_is_told_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("notes")
+    with pytest.raises(FileExistsError):
+        invoke("train", "--model", "resnet20", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
 
 
 def test_a_result_of_another_run_is_not_written_over(tmp_path: Path) -> None:
@@ -126,3 +138,22 @@ def test_a_finished_row_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     for again in (["--again"], ["--seed", "1"]):
         with pytest.raises(RankPruneError, match="no 'train' images under"):
             invoke("bench", "run", str(file), *folders, *again)
+
+
+def test_drafts_are_deleted_where_a_scheduler_ends_the_process(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time\n"
+        "from rankprune import cli\n"
+        "from rankprune.cli import app\n"
+        "from rankprune.files import draft_of\n"
+        "def run():\n"
+        "    with draft_of(__import__('pathlib').Path(sys.argv[1])) as draft:\n"
+        "        draft.write_text('half')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "app.app = run\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "result.json")], timeout=120)
+    assert ended.returncode == 143
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rankprune as rp
 from rankprune.recipes.batches import Normalize, TrainBatches, eval_batches
+from rankprune.recipes.data import place_of
 from rankprune.recipes.images import CIFAR10_CLASSES, ImageSet, load_images
 
 np = pytest.importorskip("numpy")
@@ -316,3 +317,12 @@ def test_eval_batches_are_all_images_in_order() -> None:
     assert torch.cat([labels for _, labels in found]).tolist() == list(range(7))
     wanted = torch.stack([normalized(picture) for picture in data.images])
     torch.testing.assert_close(torch.cat([images for images, _ in found]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_in_the_folder_that_has_its_name_is_not_taken(tmp_path: Path) -> None:
+    outer = tmp_path / "flowers"
+    (outer / "flowers").mkdir(parents=True)
+    (outer / "other").mkdir()
+    assert place_of("flowers", outer) == outer
+    assert place_of("other", outer) == outer / "other"
+    assert place_of("none", outer) == outer

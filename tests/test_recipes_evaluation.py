@@ -35,6 +35,7 @@ def test_logits_are_taken_as_they_come(wrap: Callable[[Tensor], Any]) -> None:
         (lambda x: x[:, :, None], r"answers with a Tensor of shape \(4, 3, 1\), no logits"),
         (lambda x: x[0:1], r"answers with a Tensor of shape \(1, 3\), no logits"),
         (lambda x: x @ x, r"does not run on images of shape \(4, 3\): "),
+        (lambda x: torch._assert(x.shape[1] == 224, "wrong width"), r"shape \(4, 3\): wrong width"),
     ],
 )
 def test_other_answers_are_refused(answer: Callable[[Tensor], Any], said: str) -> None:

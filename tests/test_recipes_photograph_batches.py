@@ -193,7 +193,7 @@ def test_a_run_does_not_go_on_with_images_of_another_source(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run(e, folders, kill)
     (tmp_path / "large").rename(tmp_path / "small")
-    with pytest.raises(rp.CheckpointError, match=r"'source': 'large'.*'source': 'small'"):
+    with pytest.raises(rp.CheckpointError, match=r"identity\.source is 'large' there, 'small' here"):
         run(e, folders)
     (tmp_path / "small").rename(tmp_path / "large")
     assert run(e, folders)["source"] == "large"

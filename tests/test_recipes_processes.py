@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rankprune.errors import RankPruneError
 from rankprune.recipes.processes import joined
 
 
@@ -24,6 +25,14 @@ def test_processes_take_leave_at_the_end(left: list[bool]) -> None:
     with joined() as processes:
         assert (processes.rank, processes.size, processes.first) == (1, 2, False)
     assert left == [True]
+
+
+def test_a_process_without_a_gpu_of_its_own(left: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RankPruneError, match="2 GPUs here, none for process 2"), joined():
+        pass
 
 
 def test_one_that_fails_does_not_wait_for_peers_in_the_middle_of_a_step(left: list[bool]) -> None:

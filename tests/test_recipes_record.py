@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
-from rankprune.recipes.record import finished, top1_of_a_run, write
+from rankprune.recipes.record import finished, in_short, provenance, top1_of_a_run, write
 from rankprune.state_dicts import save_tensors
 
 TINY = Experiment("tiny", dataset="tiny")
@@ -52,3 +52,8 @@ def test_a_reference_elsewhere_was_tested_on_the_same_part_of_the_same_photograp
     for change, found in [({}, 70.0), *((other, None) for other in others)]:
         write(there | change, tmp_path / "dense.json")
         assert top1_of_a_run("run:dense", folders, here) == found, change
+
+
+def test_several_processes_are_told() -> None:
+    assert "8 processes" in in_short(provenance(8))
+    assert "process" not in in_short(provenance())

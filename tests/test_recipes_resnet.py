@@ -2,7 +2,9 @@ import pytest
 import torch
 
 import rankprune as rp
+from rankprune.recipes import resnet as cifar
 from rankprune.recipes.imagenet_resnet import resnet18, resnet50
+from rankprune.recipes.resnet import DEPTHS
 
 torchvision = pytest.importorskip("torchvision.models", exc_type=Exception)
 
@@ -24,3 +26,9 @@ def test_known_sizes() -> None:
     assert (small.params, large.params) == (11_689_512, 25_557_032)
     assert small.macs == pytest.approx(1.814e9, rel=1e-3)
     assert large.macs == pytest.approx(4.089e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_depth_has_a_builder_for_the_command_line(depth: int) -> None:
+    built = getattr(cifar, f"resnet{depth}")()
+    assert built.state_dict().keys() == cifar.resnet(f"resnet{depth}").state_dict().keys()

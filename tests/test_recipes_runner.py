@@ -51,7 +51,7 @@ def folders(tmp_path: Path) -> Folders:
 
 ALWAYS = {
     *("name", "model", "dataset", "method", "scheme", "epochs", "seed", "train_images", "test_images", "test_split"),
-    *("source", "test_digest", "config", "commit", "versions", "cpu", "gpu", "threads", "date", "wall_s", "log"),
+    *("source", "test_digest", "config", "commit", "versions", "cpu", "gpu", "processes", "threads", "date", "wall_s", "log"),
     *("macs_dense", "params_dense"),
     *("top1_before_decomposition", "top1", "macs", "params", "ms_dense", "ms", "ms_backend", "ms_threads", "ms_batch"),
     "ms_device",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 import rankprune as rp
@@ -252,9 +253,41 @@ def test_checkpoint_of_another_config_is_refused(checkpoint: Path, other: dict) 
     settings = {"config": replace(CONFIG, epochs=1), "trp": {}, "batches": {}, **other}
     trp = None if settings["trp"] is None else pruning(model, **settings["trp"])
     data = batches(**settings["batches"])
-    with pytest.raises(rp.CheckpointError, match=r"c\.pt.*another"):
+    with pytest.raises(rp.CheckpointError, match=r"c\.pt.*another config: \w+.* there, .* here\. Delete it"):
         train(model, data, settings["config"], trp=trp, checkpoint=checkpoint, identity=settings.get("identity"))
     exactly_same(model, network())
+
+
+def test_what_differs_from_a_checkpoint_is_named_alone(checkpoint: Path) -> None:
+    model = network()
+    with pytest.raises(rp.CheckpointError, match=r"another config: training\.lr is 0\.05 there, 0\.1 here\. Delete"):
+        train(model, batches(), replace(CONFIG, epochs=1, lr=0.1), trp=pruning(model), checkpoint=checkpoint)
+
+
+def test_going_on_in_another_precision_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(epochs: int, native: bool) -> None:
+        monkeypatch.setattr("rankprune.recipes.training.has_native_bfloat16", lambda device: native)
+        stop = kill_in_epoch(1) if epochs == 1 else None
+        train(network(), batches(), replace(CONFIG, precision="auto"), checkpoint=tmp_path / "c.pt", on_step=stop)
+
+    with pytest.raises(KilledError):
+        run(1, native=False)
+    with pytest.warns(UserWarning, match="began in float32 and goes on in bfloat16"):
+        run(3, native=True)
+
+
+def test_without_a_compiler_it_is_told_how_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(model: nn.Module, **_: Any) -> Callable[..., Any]:
+        def forward(*_: Any) -> Any:
+            raise TorchDynamoException("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(
+        rp.RankPruneError, match=r"does not work here \(.*C\+\+ compiler.*\); train without it, by --no-compile"
+    ):
+        train(network(), batches(), replace(CONFIG, compile=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", {"conv.weight": torch.zeros(2)}, [1, 2]], ids=str)

@@ -23,7 +23,7 @@ from rankprune.replacement import with_pairs
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CACHE = re.compile(r"\b\w*Cache\b")
-_NO_REASON = re.compile(r"^Exception from \S*$|Next steps:$|^Failed to export the model")
+_NO_REASON = re.compile(r"^Exception from \S*$|Next steps:$|^Failed to export the model|^backend='.*' raised:$")
 
 T = TypeVar("T")
 

@@ -1,5 +1,6 @@
 """The command line. It needs the extra "cli"."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         _end(MissingExtraError(error.name, "cli"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as schedulers end processes: drafts of files are deleted then
     try:
         app()
     except (RankPruneError, OSError) as error:

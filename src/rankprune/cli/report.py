@@ -8,6 +8,7 @@ import typer
 
 from rankprune.cli.console import say, show_table
 from rankprune.cli.options import refuse
+from rankprune.files import draft_of
 from rankprune.report.markdown import markdown, replace_between_marks, under_names
 from rankprune.report.page import page
 from rankprune.report.plots import plot_results
@@ -37,7 +38,9 @@ def report(
         html.write_text(page(found), encoding="utf-8", errors="xmlcharrefreplace")
         tell(f"page   {html}")
     if into is not None:
-        into.write_text(replace_between_marks(into.read_text(encoding="utf-8"), under_names(overview(found))), encoding="utf-8")
+        text = replace_between_marks(into.read_text(encoding="utf-8"), under_names(overview(found)))
+        with draft_of(into.resolve()) as draft:  # what was written by hand is never half there, and a link stays one
+            draft.write_text(text, encoding="utf-8")
         tell(f"table  {into}")
     if plots is not None:
         for file in plot_results(plots, found):

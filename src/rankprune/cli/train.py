@@ -11,7 +11,7 @@ from rankprune.cli.options import Rule, SchemeName, refuse
 from rankprune.errors import RankPruneError
 from rankprune.recipes import experiment as experiments
 from rankprune.recipes.data import images_of, place_of
-from rankprune.recipes.networks import CHECKPOINT, IMAGENET, RUN, TIMM, TORCHVISION
+from rankprune.recipes.networks import CHECKPOINT, IMAGENET, RUN, TIMM, TORCHVISION, WEIGHTS
 from rankprune.recipes.photograph_batches import PhotographConfig
 from rankprune.recipes.photographs import HUB
 from rankprune.recipes.processes import first_here, joined
@@ -151,14 +151,15 @@ def bench_run(
         if first_here():
             say(f"result  {path}  (was there; --again evaluates and times it once more)")
         return
-    if again and experiment.method != "decompose" and not (checkpoint := runs / experiment.name / CHECKPOINT).is_file():
-        raise RankPruneError(
-            f"--again evaluates a finished run: there is no {str(checkpoint)!r}; it is trained without --again"
-        )
+    needed = [runs / experiment.name / file for file in (CHECKPOINT, WEIGHTS)]  # the latter only when it has been judged
+    if again and experiment.method != "decompose" and (missing := [str(file) for file in needed if not file.is_file()]):
+        raise RankPruneError(f"--again evaluates a finished run: there is no {missing[0]!r}; it is trained without --again")
     _run(experiment, experiments.Folders.from_environment(runs, results), results, experiment.name)
 
 
 def _run(experiment: experiments.Experiment, folders: experiments.Folders, out: Path, name: str) -> None:
+    if first_here():
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the training
     with joined() as processes, TrainingBars(experiment.training.epochs, shown=processes.first) as bars:
         if processes.first:
             where = f"{processes.size} processes, of which the first" if processes.size > 1 else "one process"

@@ -1,5 +1,6 @@
 """The data of an experiment: batches to train on, and batches to test with."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,8 @@ def _source(e: Experiment, folder: Path) -> str | None:
 
 
 def place_of(source: str, folder: Path) -> str | Path:
-    """Where a source or a data set is: on the hub, in its own folder, or in `folder` itself."""
+    """Where a source or a data set is: on the hub, in its own folder, or `folder` itself, which may have its name."""
     if source.startswith(HUB):
         return source
-    return folder / source if (folder / source).is_dir() else folder
+    inside, name = folder / source, os.path.basename(os.path.abspath(folder))
+    return inside if inside.is_dir() and name != source else folder

@@ -34,8 +34,9 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """
     try:
         answer = model(images)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise RankPruneError(f"the model does not run on images of shape {tuple(images.shape)}: {error}") from error
+    except Exception as error:  # of the model's own code
+        shape, why = tuple(images.shape), str(error) or type(error).__name__
+        raise RankPruneError(f"the model does not run on images of shape {shape}: {why}") from error
     answer = getattr(answer, "logits", answer)
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(images):
         shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else ""

@@ -156,7 +156,10 @@ def _classes(folder: Path) -> list[str]:
 
 def _folders(folder: Path) -> list[Path]:
     """Those in `folder` that are not hidden."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    shown = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(shown, key=lambda p: p.name)  # paths themselves have another order on Windows
 
 
 def _images(folder: str | Path) -> Iterator[str]:

@@ -41,7 +41,7 @@ class Processes:
 
     def part_ways(self) -> None:
         """Called by all at the same time: from here on none waits for another."""
-        if dist.is_initialized() and self.size > 1:
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -61,8 +61,10 @@ def joined() -> Iterator[Processes]:
     cuda = torch.cuda.is_available()
     device = f"cuda:{local}" if cuda else "cpu"
     if cuda:
+        if local >= (there := torch.cuda.device_count()):
+            raise RankPruneError(f"there are {there} GPUs here, none for process {local}: start as many processes as GPUs")
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(device=device)
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)

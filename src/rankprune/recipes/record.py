@@ -21,8 +21,8 @@ from rankprune.recipes.settings import in_force
 from rankprune.state_dicts import read_notes
 
 
-def provenance() -> dict[str, Any]:
-    """What a result that is begun now, here, is made with."""
+def provenance(processes: int = 1) -> dict[str, Any]:
+    """What a result that is begun now, here, by so many processes, is made with."""
     return {
         "commit": commit(),
         "versions": {
@@ -32,15 +32,17 @@ def provenance() -> dict[str, Any]:
         },
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.date.today().isoformat(),
     }
 
 
 def in_short(made: Mapping[str, Any]) -> str:
-    """The provenance in a line: commit, machine, threads, date."""
+    """The provenance in a line: commit, machine, processes if there are several, threads, date."""
+    several = f"{made['processes']} processes" if made["processes"] > 1 else None
     threads = f"{made['threads']} thread{'s' if made['threads'] != 1 else ''}"
-    return ", ".join(filter(None, (made["commit"], made["gpu"], made["cpu"], threads, made["date"])))
+    return ", ".join(filter(None, (made["commit"], made["gpu"], made["cpu"], several, threads, made["date"])))
 
 
 def commit() -> str | None:
@@ -117,7 +119,7 @@ def top1_of_a_run(source: str, folders: Folders, result: Mapping[str, Any]) -> f
     return there.get("top1_before_decomposition") if same else None
 
 
-def _crops(result: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The part of a photograph that was tested on; None for images that are taken whole."""
+def _crops(result: Mapping[str, Any]) -> list[Any] | None:
+    """Which photographs were tested on, and which part of them; None for images that are taken whole."""
     photographs = result["config"].get("photographs")
-    return photographs and (photographs["test_resize"], photographs["test_size"])
+    return photographs and [photographs.get(key) for key in ("test_split", "test_resize", "test_size")]

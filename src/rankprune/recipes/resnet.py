@@ -87,6 +87,16 @@ def resnet32() -> CifarResNet:
     return resnet("resnet32")
 
 
+def resnet44() -> CifarResNet:
+    """ResNet-44, as a builder for ``--model``."""
+    return resnet("resnet44")
+
+
 def resnet56() -> CifarResNet:
     """ResNet-56, as a builder for ``--model``."""
     return resnet("resnet56")
+
+
+def resnet110() -> CifarResNet:
+    """ResNet-110, as a builder for ``--model``."""
+    return resnet("resnet110")

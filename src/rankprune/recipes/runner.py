@@ -53,8 +53,8 @@ def run(
         RankPruneError: for missing data or weights, and for whatever a bad config leads to.
     """
     e, folder = experiment, folders.runs / experiment.name
-    checkpoint, begun = folder / CHECKPOINT, provenance()
     processes = processes or Processes()
+    checkpoint, begun = folder / CHECKPOINT, provenance(processes.size)
     if e.method == "decompose":
         if checkpoint.is_file():
             raise RankPruneError(f"{str(folder)!r} has the checkpoint of a training; take another folder")
@@ -64,6 +64,8 @@ def run(
     _check_held_out(e, folders)
     torch.manual_seed(e.training.seed)
     data = load_data(e, folders.data, processes)
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the training
 
     def network(weights: str | None = None, architecture: str = e.model) -> nn.Module:
         made = build(architecture, data.classes)
@@ -82,7 +84,6 @@ def run(
     processes.part_ways()
     if not processes.first:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     with draft_of(folder / WEIGHTS) as weights:  # takes its place last: a run that has it has been judged
         notes = {"dataset": e.dataset, "holdout": str(e.holdout), "settings": json.dumps(settings_of(e))}
         save_tensors(weights, model, notes)

@@ -7,6 +7,14 @@ _NO_EFFECT = ("checkpoint_steps", "workers", "keep_gb")
 _ZERO_IS_ON = ("freeze",)
 
 
+def differing(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs between two settings, like "training.lr is 0.05 there, 0.1 here"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys, prefix = {**there, **here}, f"{name}." if name else ""
+        return [line for key in keys for line in differing(there.get(key), here.get(key), prefix + key)]
+    return [] if there == here else [f"{name} is {there!r} there, {here!r} here"]
+
+
 def in_force(settings: Any) -> Any:
     """`settings`, as JSON has them, without what has no effect and what is off (0, None, "").
 

@@ -11,7 +11,7 @@ from torch import nn
 from rankprune.errors import CheckpointError
 from rankprune.files import draft_of
 from rankprune.recipes.progress import EpochLog, Journal
-from rankprune.recipes.settings import in_force
+from rankprune.recipes.settings import differing, in_force
 from rankprune.trp import TRP
 
 
@@ -55,8 +55,8 @@ def read_snapshot(
     there, here = in_force(json.loads(state["settings"])), in_force(json.loads(json.dumps(settings)))
     if there != here:
         raise CheckpointError(
-            f"the checkpoint {str(path)!r} is of a run with another config, {there} instead of {here}; "
-            "delete it, or choose another folder"
+            f"the checkpoint {str(path)!r} is of a run with another config: {'; '.join(differing(there, here))}. "
+            "Delete it, or choose another folder"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rankprune.backends.base import reason_of
 from rankprune.backends.pytorch import programs_of_one_code
 from rankprune.errors import RankPruneError
 from rankprune.recipes.batches import Batches
@@ -70,7 +72,10 @@ def train(
 
     Raises:
         CheckpointError: if the checkpoint is of a run with another config or identity.
-        RankPruneError: if there are fewer images than one batch, or a teacher is missing.
+        RankPruneError: if there are fewer images than one batch, a teacher is missing, or torch.compile has no compiler.
+
+    Warns:
+        UserWarning: if the run goes on in another precision than it began in, on another machine, by precision="auto".
     """
     if not len(batches):
         raise RankPruneError(f"{len(batches.labels)} images do not fill one batch of {batches.batch}; use a smaller batch")
@@ -90,6 +95,8 @@ def train(
     journal = Journal()
     if checkpoint is not None and checkpoint.is_file():
         journal = read_snapshot(checkpoint, model, optimizer, trp, settings)
+        if journal.log and (was := journal.log[-1].precision) not in (None, precision):
+            warnings.warn(f"this training began in {was} and goes on in {precision}: name one as precision", stacklevel=2)
     together = dist.is_available() and dist.is_initialized()
     shared = nn.parallel.DistributedDataParallel(model) if together else model
     forward = torch.compile(shared, dynamic=False) if config.compile else shared
@@ -100,7 +107,8 @@ def train(
             write_snapshot(checkpoint, model, optimizer, trp, settings, journal)
 
     model.train()
-    with nullcontext() if trp is None else _attached(trp, optimizer), programs_of_one_code(PROGRAMS):
+    attached = nullcontext() if trp is None else _attached(trp, optimizer)
+    with attached, programs_of_one_code(PROGRAMS), _compiling():
         for epoch in range(len(journal.log), config.epochs):
             begin = time.perf_counter() - journal.seconds
             losses = torch.tensor(journal.loss_sum, device=device)
@@ -130,6 +138,22 @@ def train(
             journal = Journal([*journal.log, entry])
             write()
     return journal.log
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Tell what to do where torch.compile has no compiler, say."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        raise RankPruneError(
+            f"torch.compile does not work here ({reason_of(error)}); train without it, by --no-compile or compile = false in "
+            "[training]"
+        ) from error
 
 
 class _Awaited:

@@ -268,7 +268,7 @@ def skipped(r: Result) -> Table:
 
 def config(r: Result) -> Table:
     """The settings of a run and what it was made with, a row each."""
-    made = {k: r[k] for k in ("commit", "versions", "cpu", "gpu", "threads", "date", "wall_s") if k in r}
+    made = {k: r[k] for k in ("commit", "versions", "cpu", "gpu", "processes", "threads", "date", "wall_s") if k in r}
     if trained := list(dict.fromkeys(entry["by"] for entry in r.get("log", ()) if entry.get("by"))):
         made["trained by"] = "; ".join(trained)
     if timed := [entry for entry in r.get("log", ()) if entry.get("input_share") is not None]:
