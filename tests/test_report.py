@@ -335,3 +335,9 @@ def test_terminal_tables_take_texts_as_they_are(tmp_path):
     (wicked,) = [run for run in every_kind_of_run() if run["name"] == WICKED]
     (tmp_path / "a.json").write_text(json.dumps(wicked))
     assert WICKED in report(str(tmp_path))
+
+
+def test_rows_of_other_images_are_told_apart() -> None:
+    table = markdown_table(overview([result("ours", 88.0, source=place) for place in ("large", "small")]))
+    assert "| ours, source large |" in table
+    assert "| ours, source small |" in table

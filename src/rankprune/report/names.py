@@ -50,7 +50,8 @@ def settings_apart(results: Sequence[Result]) -> Callable[[Result], str]:
         return r["model"], task(r), label(r), epochs(r)
 
     def settings(r: Result) -> dict[str, str]:
-        return {key: value for key, value in flat(settings_of(r)) if key != "trp.rule"}
+        images = {key: str(r[key]) for key in IMAGES if r.get(key) is not None}
+        return images | {key: value for key, value in flat(settings_of(r)) if key != "trp.rule"}
 
     for r in results:
         alike[look(r)].append(settings(r))
