@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.iteration import STATE
 from rankprune.spectrum import Spectrum
 from small_loop import X, exactly_same, network, relative_macs, sgd, train
 
@@ -103,6 +104,7 @@ def test_state_of_another_model(kind: str, nuclear: float) -> None:
     theirs = rp.TRP(other, rule=rp.Energy(0.8), nuclear=nuclear)
     theirs.project()
     trp = rp.TRP(network(), rule=rp.Energy(0.8), nuclear=nuclear)
+    assert trp.state_dict().keys() == {"steps", *STATE}
     for nothing in (None, {}, {"steps": 3}):
         with pytest.raises(rp.RankPruneError, match="no state of a TRP"):
             trp.load_state_dict(nothing)

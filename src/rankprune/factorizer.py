@@ -58,6 +58,11 @@ class Factorizer:
         self.owner = team.owners({name: sum(map(_effort, options)) for name, options in self.options.items()})
 
     @property
+    def calibrated(self) -> bool:
+        """Whether errors are those of the layers' outputs on calibration inputs."""
+        return self._calibration is not None
+
+    @property
     def layers(self) -> dict[str, Layer]:
         """The layers by name."""
         return {name: options[0].layer for name, options in self.options.items()}

@@ -22,6 +22,12 @@ _UNTRAINED = 0.01
 """The share of a layer's energy that may be cut off in the end, beyond twice what was cut off before, without a warning."""
 
 
+STATE = frozenset(
+    ("layers", "scheme", "ranks_by", "projected_at", "annealed", "plan", "history", "latency", "subgradients", "starts")
+)
+"""What LowRankIteration.state_dict() holds."""
+
+
 class LowRankIteration:
     """TRP's low-rank iteration: projects the weights of a model in training; each projection starts from what the last found.
 

@@ -81,7 +81,7 @@ class Planner:
             self.latency = NetworkLatency(self.model, example_inputs, worth, rule.backend, rule.threads)
         else:
             self._choose_flat()
-        self.factorizer, self._calibrated = Factorizer(self.model, options, calibration), calibration is not None
+        self.factorizer = Factorizer(self.model, options, calibration)
 
     def join(self, team: Team) -> None:
         """From now on share the factorisations with the other processes of a team; all must then call the same methods.
@@ -123,7 +123,7 @@ class Planner:
             ms_measured=None if table is None else _in_ms(table.measured_ns(_variant(choices))),
             setting=None if table is None else table.setting,
             input_shapes=() if table is None else table.input_shapes,
-            calibrated=self._calibrated,
+            calibrated=self.factorizer.calibrated,
         )
 
     def correct_latency(self, factored: Factored) -> None:

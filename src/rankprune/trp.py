@@ -15,7 +15,7 @@ from rankprune.decompose import decompose
 from rankprune.distributed import Team, is_sharded, reshard
 from rankprune.errors import RankPruneError
 from rankprune.inputs import Inputs
-from rankprune.iteration import LowRankIteration
+from rankprune.iteration import STATE, LowRankIteration
 from rankprune.optimizer_step import (
     Outermost,
     add_to_gradients,
@@ -340,7 +340,7 @@ class TRP:
             RankPruneError: if it is no state of a TRP, or one of another model, or holds latencies of another backend, dtype
                 or number of threads.
         """
-        if not isinstance(state, dict) or self.state_dict().keys() - state.keys():
+        if not isinstance(state, dict) or {"steps", *STATE} - state.keys():
             raise RankPruneError("this is no state of a TRP; give what state_dict() returned")
         self._iteration.load_state_dict(state)
         self.steps = state["steps"]
