@@ -152,13 +152,14 @@ def test_without_mac_counts_cheaper_means_fewer_parameters() -> None:
 
 
 def options(candidates: list[Candidate]) -> list[tuple[int, float, Choice]]:
-    """(cost, error, choice) of all that may be done with a layer, by definition."""
+    """(cost, weighted error, choice) of all that may be done with a layer, by definition."""
+    weight = math.sqrt(candidates[0].dense.params)
     found = [(candidates[0].dense.macs, 0.0, Choice())]
     for c in candidates:
         energies = c.spectrum.values.square().sum(0).tolist()
         for rank in range(1, len(energies) + 1):
             if rank * c.unit.macs < c.dense.macs:
-                error = sum(energies[rank:]) / (sum(energies) or 1)
+                error = weight * sum(energies[rank:]) / (sum(energies) or 1)
                 found.append((rank * c.unit.macs, error, Choice(c.scheme, rank)))
     return found
 
@@ -210,7 +211,7 @@ def test_the_budget_is_kept_and_well_spent(case: tuple[Layers, int], fraction: f
             assert new_cost > allowed or new_error >= error - 1e-9
 
     slopes = {abs((a[1] - b[1]) / (a[0] - b[0])) for row in rows for a in row for b in row if a[0] != b[0]}
-    steps = sorted({1e-12, *slopes, 10.0})
+    steps = sorted({1e-12, *slopes, 100.0})
     bound, by_multiplier = 0.0, math.inf  # no better than any allocation by one multiplier, no worse than the best one
     for multiplier in [x for a, b in itertools.pairwise(steps) for x in (a, (a + b) / 2)]:
         picks = [min(row, key=lambda o: o[1] + multiplier * o[0]) for row in rows]

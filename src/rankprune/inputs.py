@@ -18,7 +18,7 @@ def call(model: Callable[..., Any], x: Inputs) -> Any:
     """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
     if isinstance(x, Mapping):
         return model(**x)
-    if isinstance(x, tuple | list):
+    if isinstance(x, (tuple, list)):
         return model(*x)
     return model(x)
 
@@ -61,7 +61,7 @@ def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with, as positional and keyword arguments."""
     if isinstance(x, Mapping):
         return (), dict(x)
-    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
+    return (tuple(x) if isinstance(x, (tuple, list)) else (x,)), {}
 
 
 def leaves(values: Any) -> Iterator[Any]:
@@ -75,7 +75,7 @@ def placed_leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tu
         parts = list(values.items())
     elif is_dataclass(values) and not isinstance(values, type):
         parts = [(field.name, getattr(values, field.name)) for field in fields(values)]
-    elif isinstance(values, tuple | list):
+    elif isinstance(values, (tuple, list)):
         parts = list(enumerate(values))
     else:
         yield place, values

@@ -19,9 +19,10 @@ class Budget(RankRule):
     """The ranks that lose least within a cost for the whole network.
 
     `macs`, `params` or `latency` is the fraction of the whole dense model's cost that may remain, layers that stay dense
-    included. Minimises the sum over layers of the share of its energy that each loses, plus a multiplier times the cost, with
-    one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks
-    leave of the budget is then spent on the steps that gain most per cost.
+    included. Minimises the sum over layers of the share of its energy that each loses times the square root of its parameters,
+    plus a multiplier times the cost, with one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020),
+    found by bisection; what the integer ranks leave of the budget is then spent on the steps that gain most per cost. (The
+    weight by size is our own: what large layers have left, a training makes more of.)
 
     Latency is measured, on this machine, of the network and of each of its layers at some ranks of each scheme that `scheme`
     of TRP or make_plan names, of all with ``"auto"`` (see rankprune.latency), for inputs like the example inputs. That takes
@@ -69,7 +70,10 @@ class Budget(RankRule):
         return replace(self, **{self.metric: 1 - (1 - self.fraction) * progress})
 
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
-        options = {name: _options(candidates, self.metric) for name, candidates in layers.items()}
+        sizes = {name: candidates[0].dense.params for name, candidates in layers.items()}
+        largest = max(sizes.values(), default=1)
+        weights = {name: math.sqrt(size / largest) for name, size in sizes.items()}
+        options = {name: _options(candidates, self.metric, weights[name]) for name, candidates in layers.items()}
         whole = network.of(self.metric)
         untouched = whole - sum(candidates[0].dense.of(self.metric) for candidates in layers.values())
         allowed = math.floor(self.fraction * whole + 1e-6) - untouched  # 0.29 of 100 is 29, also in binary
@@ -86,7 +90,7 @@ class Budget(RankRule):
 
 @dataclass(frozen=True)
 class _Options:
-    """Every allowed decision for one layer: costs and errors, both (options,), "stay dense" last."""
+    """Every allowed decision for one layer: costs and weighted errors, both (options,), "stay dense" last."""
 
     costs: Tensor
     errors: Tensor
@@ -99,13 +103,13 @@ class _Options:
         return Choice(self.schemes[pick], self.ranks[pick])
 
 
-def _options(candidates: Sequence[Candidate], metric: Metric) -> _Options:
+def _options(candidates: Sequence[Candidate], metric: Metric, weight: float) -> _Options:
     dense = candidates[0].dense.of(metric)
     costs, errors, schemes, ranks = [], [], [], []
     for c in candidates:
         allowed = c.costs(metric)
         costs.append(torch.tensor(list(allowed.values()), dtype=torch.float64, device="cpu"))
-        errors.append(c.spectrum.errors().cpu()[list(allowed)])
+        errors.append(weight * c.spectrum.errors().cpu()[list(allowed)])
         schemes += [c.scheme] * len(allowed)
         ranks += allowed
     end = torch.tensor([dense, 0.0], dtype=torch.float64, device="cpu")
