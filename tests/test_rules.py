@@ -151,9 +151,9 @@ def test_without_mac_counts_cheaper_means_fewer_parameters() -> None:
 # -- budget -----------------------------------------------------------------------------------------------------------
 
 
-def options(candidates: list[Candidate]) -> list[tuple[int, float, Choice]]:
+def options(candidates: list[Candidate], power: float = 0) -> list[tuple[int, float, Choice]]:
     """(cost, weighted error, choice) of all that may be done with a layer, by definition."""
-    weight = math.sqrt(candidates[0].dense.params)
+    weight = candidates[0].dense.params ** power
     found = [(candidates[0].dense.macs, 0.0, Choice())]
     for c in candidates:
         energies = c.spectrum.values.square().sum(0).tolist()
@@ -164,10 +164,10 @@ def options(candidates: list[Candidate]) -> list[tuple[int, float, Choice]]:
     return found
 
 
-def outcome(layers: Layers, choices: dict[str, Choice]) -> tuple[int, float]:
+def outcome(layers: Layers, choices: dict[str, Choice], power: float = 0) -> tuple[int, float]:
     """The total cost and error of a decision."""
     picked = [
-        next(o for o in options(layers[name]) if (o[2].scheme, o[2].rank) == (choice.scheme, choice.rank))
+        next(o for o in options(layers[name], power) if (o[2].scheme, o[2].rank) == (choice.scheme, choice.rank))
         for name, choice in choices.items()
     ]
     return sum(cost for cost, *_ in picked), sum(error for _, error, _ in picked)
@@ -192,26 +192,27 @@ def allowed_and_network(layers: Layers, rest: int, fraction: float) -> tuple[int
 
 
 @settings(max_examples=120)
-@given(case=networks(), fraction=st.floats(0.2, 1.0))
-def test_the_budget_is_kept_and_well_spent(case: tuple[Layers, int], fraction: float) -> None:
+@given(case=networks(), fraction=st.floats(0.2, 1.0), power=st.sampled_from([0, 0.5, 1]))
+def test_the_budget_is_kept_and_well_spent(case: tuple[Layers, int], fraction: float, power: float) -> None:
     layers, rest = case
+    rule = Budget(macs=fraction, size_power=power)
     allowed, network = allowed_and_network(layers, rest, fraction)
-    rows = [options(c) for c in layers.values()]
+    rows = [options(c, power) for c in layers.values()]
     if sum(min(cost for cost, *_ in row) for row in rows) > allowed:
         with pytest.raises(rp.RankPruneError, match="cannot be met"):
-            Budget(macs=fraction).choose(layers, network)
+            rule.choose(layers, network)
         return
-    choices = Budget(macs=fraction).choose(layers, network)
-    cost, error = outcome(layers, choices)
+    choices = rule.choose(layers, network)
+    cost, error = outcome(layers, choices, power)
     assert cost <= allowed
 
     for name in layers:  # no change of one layer gains and still fits
-        for alternative in (o[2] for o in options(layers[name])):
-            new_cost, new_error = outcome(layers, choices | {name: alternative})
+        for alternative in (o[2] for o in options(layers[name], power)):
+            new_cost, new_error = outcome(layers, choices | {name: alternative}, power)
             assert new_cost > allowed or new_error >= error - 1e-9
 
     slopes = {abs((a[1] - b[1]) / (a[0] - b[0])) for row in rows for a in row for b in row if a[0] != b[0]}
-    steps = sorted({1e-12, *slopes, 100.0})
+    steps = sorted({1e-12, *slopes, 1000.0})
     bound, by_multiplier = 0.0, math.inf  # no better than any allocation by one multiplier, no worse than the best one
     for multiplier in [x for a, b in itertools.pairwise(steps) for x in (a, (a + b) / 2)]:
         picks = [min(row, key=lambda o: o[1] + multiplier * o[0]) for row in rows]
@@ -252,6 +253,20 @@ def test_the_budget_can_be_in_parameters() -> None:
     by_params = Budget(params=0.4).choose(layers, Cost(None, network.params))
     assert by_params == Budget(macs=0.4).choose(layers, network)  # here params are 7 times the MACs throughout
     assert outcome(layers, by_params)[0] <= allowed
+
+
+def test_the_higher_the_power_of_the_size_the_more_is_left_of_large_layers() -> None:
+    def square(k: int, places: int) -> list[Candidate]:  # a layer that is applied at so many places
+        unit, dense = Cost(2 * k * places, 2 * k), Cost(k * k * places, k * k)
+        return [Candidate("channel", Spectrum.of(0.9 ** torch.arange(k)[None]), unit, dense)]
+
+    layers, network = {"small": square(32, 4), "large": square(64, 1)}, Cost(2 * 4096, 1024 + 4096)
+    chosen = [Budget(macs=0.3, size_power=power).choose(layers, network) for power in (0, 0.5, 1)]
+    small, large = ([choices[name].rank for choices in chosen] for name in ("small", "large"))
+    assert small[0] > small[1] > small[2]
+    assert large[0] < large[1] < large[2]
+    assert Budget(macs=0.5, size_power=0.5).relaxed(0.5) == Budget(macs=0.75, size_power=0.5)
+    assert parse("Budget(macs=0.5, size_power=1)") == Budget(macs=0.5, size_power=1)
 
 
 def test_the_whole_budget_keeps_every_layer_dense() -> None:
@@ -299,6 +314,7 @@ def test_a_budget_over_a_hundred_large_layers_takes_no_time() -> None:
         *[(lambda v=v: RankFraction(fraction=v), f"fraction={v}") for v in (0, 1.01, -1, math.nan)],
         *[(lambda v=v: Budget(macs=v), f"macs={v}") for v in (0, 1.2, -1, math.nan)],
         *[(lambda v=v: Budget(params=v), f"params={v}") for v in (0, 1.2, -1, math.inf)],
+        *[(lambda v=v: Budget(macs=0.5, size_power=v), f"size_power={v!r}") for v in ("1", True, -1, math.nan, math.inf)],
         (Budget, "exactly one of macs=, params= and latency="),
         (lambda: Budget(macs=0.4, params=0.4), "exactly one of macs=, params= and latency="),
     ],

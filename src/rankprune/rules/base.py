@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from rankprune.errors import RankPruneError
 from rankprune.spectrum import Spectrum
@@ -17,9 +17,14 @@ from rankprune.spectrum import Spectrum
 Metric = Literal["macs", "params", "latency"]
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def is_share(value: object) -> bool:
     """Whether a value is a number above 0 and at most 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return is_number(value) and 0 < value <= 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankprune.backends import backend_named
 from rankprune.errors import RankPruneError
-from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, is_share
+from rankprune.rules.base import Candidate, Choice, Cost, Metric, RankRule, is_number, is_share
 
 _METRICS: tuple[Metric, ...] = ("macs", "params", "latency")
 
@@ -19,10 +19,9 @@ class Budget(RankRule):
     """The ranks that lose least within a cost for the whole network.
 
     `macs`, `params` or `latency` is the fraction of the whole dense model's cost that may remain, layers that stay dense
-    included. Minimises the sum over layers of the share of its energy that each loses times the square root of its parameters,
-    plus a multiplier times the cost, with one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020),
-    found by bisection; what the integer ranks leave of the budget is then spent on the steps that gain most per cost. (The
-    weight by size is our own: what large layers have left, a training makes more of.)
+    included. Minimises the sum over layers of the share of its energy that each loses, plus a multiplier times the cost, with
+    one multiplier for all layers (as in Idelbayev and Carreira-Perpinan, CVPR 2020), found by bisection; what the integer ranks
+    leave of the budget is then spent on the steps that gain most per cost. What a layer loses counts by a power of its size.
 
     Latency is measured, on this machine, of the network and of each of its layers at some ranks of each scheme that `scheme`
     of TRP or make_plan names, of all with ``"auto"`` (see rankprune.latency), for inputs like the example inputs. That takes
@@ -32,6 +31,8 @@ class Budget(RankRule):
         backend: what runs the network where its latency counts: ``"eager"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``,
             ``"aot_inductor"`` or ``"executorch"``.
         threads: how many it may use; None means torch.get_num_threads(). ExecuTorch has its own number and takes no other.
+        size_power: the power of a layer's parameters that what it loses is weighed by: the higher, the more is left of large
+            layers. Try 0.5 to train a small network that fits its training data barely; see docs/choosing.md.
     """
 
     macs: float | None = None
@@ -39,6 +40,7 @@ class Budget(RankRule):
     latency: float | None = None
     backend: str = "eager"
     threads: int | None = None
+    size_power: float = 0
 
     def __post_init__(self) -> None:
         given = {name: value for name in _METRICS if (value := getattr(self, name)) is not None}
@@ -50,11 +52,14 @@ class Budget(RankRule):
         backend_named(self.backend)
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise RankPruneError(f"Budget(threads={self.threads!r}): give a whole number of at least 1, or None")
+        if not is_number(self.size_power) or self.size_power < 0:
+            raise RankPruneError(f"Budget(size_power={self.size_power!r}): give a number of at least 0, like 0.5")
 
     def __repr__(self) -> str:
         where = "" if self.latency is None else f", backend={self.backend!r}"
         threads = "" if self.threads is None else f", threads={self.threads}"
-        return f"Budget({self.metric}={self.fraction}{where}{threads})"
+        power = f", size_power={self.size_power}" if self.size_power else ""
+        return f"Budget({self.metric}={self.fraction}{where}{threads}{power})"
 
     @property
     def metric(self) -> Metric:  # type: ignore[override]
@@ -70,9 +75,8 @@ class Budget(RankRule):
         return replace(self, **{self.metric: 1 - (1 - self.fraction) * progress})
 
     def choose(self, layers: Mapping[str, Sequence[Candidate]], network: Cost) -> dict[str, Choice]:
-        sizes = {name: candidates[0].dense.params for name, candidates in layers.items()}
-        largest = max(sizes.values(), default=1)
-        weights = {name: math.sqrt(size / largest) for name, size in sizes.items()}
+        largest = max((candidates[0].dense.params for candidates in layers.values()), default=1)
+        weights = {name: (c[0].dense.params / largest) ** self.size_power for name, c in layers.items()}
         options = {name: _options(candidates, self.metric, weights[name]) for name, candidates in layers.items()}
         whole = network.of(self.metric)
         untouched = whole - sum(candidates[0].dense.of(self.metric) for candidates in layers.values())
