@@ -198,6 +198,14 @@ def test_trp_by_a_budget_is_told_from_trp_by_a_threshold():
     assert sorted(row[0] for row in overview(runs).rows) == ["trp", "trp by budget"]
 
 
+def test_budgets_that_weigh_by_size_are_told_apart():
+    runs = [decomposed(name, "ours", "spatial", 80.0) for name in ("a", "b")]
+    runs[0]["config"]["trp"]["rule"] = "Budget(macs=0.5)"
+    assert [row[0] for row in overview(runs[:1]).rows] == ["ours"]
+    runs[1]["config"]["trp"]["rule"] = "Budget(macs=0.5, size_power=0.5)"
+    assert sorted(row[0] for row in overview(runs).rows) == ["ours, size_power 0", "ours, size_power 0.5"]
+
+
 def test_only_what_stands_between_the_marks_is_replaced():
     assert replace_between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(rp.RankPruneError, match="lacks the lines"):

@@ -41,7 +41,7 @@ def told_apart(results: Sequence[Result], words: Callable[[Result], str] = label
 def settings_apart(results: Sequence[Result]) -> Callable[[Result], str]:
     """What each was made with that others of these, which look the same in a table, were not, like "lr 0.05".
 
-    Rules are left out, for they show in what a network costs.
+    Rules are left out, for they show in what a network costs, but for how a budget weighs layers.
     """
     epochs = epochs_among(results)
     alike: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
@@ -51,7 +51,8 @@ def settings_apart(results: Sequence[Result]) -> Callable[[Result], str]:
 
     def settings(r: Result) -> dict[str, str]:
         images = {key: str(r[key]) for key in IMAGES if r.get(key) is not None}
-        return images | {key: value for key, value in flat(settings_of(r)) if key != "trp.rule"}
+        power = {"size_power": f"{budget.size_power:g}"} if (budget := budget_of(r)) else {}
+        return images | power | {key: value for key, value in flat(settings_of(r)) if key != "trp.rule"}
 
     for r in results:
         alike[look(r)].append(settings(r))
