@@ -13,6 +13,8 @@ from rankprune.errors import RankPruneError
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with: one tensor, positional arguments, or keyword arguments."""
 
+# isinstance with tuples of types here, for exports run through it, and torch 2.6 cannot trace unions.
+
 
 def call(model: Callable[..., Any], x: Inputs) -> Any:
     """Run the model on `x`: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
