@@ -319,6 +319,8 @@ def test_train_hands_every_option_on(images, tmp_path, monkeypatch):
         "out", "trp+nu", "resnet32", "images", "timm:x", "run:y", "resnet56", batch=4, holdout=2, training=training, trp=trp
     )
     assert ran == [wanted]
+    invoke("train", "--data", str(images), "--distill", "0.5", "--teacher", "run:a", "--teacher", "run:b")
+    assert ran[1].teacher == ("run:a", "run:b")
 
 
 def test_weights_in_half_precision_are_evaluated_as_others_are(tmp_path, checkpoint, images):

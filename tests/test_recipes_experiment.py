@@ -9,6 +9,7 @@ import pytest
 import rankprune as rp
 from rankprune.recipes.experiment import Experiment, Folders, TrpConfig
 from rankprune.recipes.schedule import TrainConfig
+from rankprune.report.results import without_seed
 from rankprune.schemes import CHOICES
 
 
@@ -111,6 +112,8 @@ def test_another_seed_builds_on_the_runs_of_that_seed() -> None:
     other = e.with_seed(2)
     assert (other.name, other.start, other.teacher, other.training.seed) == ("tiny-seed2", "file.th", "run:dense-seed2", 2)
     assert other.reference == "run:dense-seed2"
+    three = ("run:dense", "run:dense-seed1", "run:dense-seed2")
+    assert replace(e, teacher=three).with_seed(2).teachers == three
     with pytest.raises(rp.RankPruneError, match="teacher_model='resnet56' has no weights"):
         Experiment("x", start="file.th", teacher_model="resnet56", training=TrainConfig(distill=0.5))
     with pytest.raises(rp.RankPruneError, match="teaches nothing"):
@@ -138,5 +141,5 @@ ROWS = sorted(
 def test_every_row_can_be_read_and_builds_on_rows_that_are_there(path: Path) -> None:
     e = Experiment.read(path)
     assert (e.photographs is not None) == (e.model in ("resnet18", "resnet50"))
-    for source in (e.start, e.teacher, e.reference):
-        assert not (source or "").startswith("run:") or path.with_name(f"{source[4:]}.toml") in ROWS
+    for source in filter(None, (e.start, *e.teachers, e.reference)):
+        assert not source.startswith("run:") or path.with_name(f"{without_seed(source[4:])}.toml") in ROWS

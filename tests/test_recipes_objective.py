@@ -1,7 +1,8 @@
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from rankprune.recipes.objective import loss_of
+from rankprune.recipes.objective import Committee, loss_of
 from rankprune.recipes.schedule import TrainConfig
 
 
@@ -15,3 +16,8 @@ def test_distillation_mixes_labels_with_the_teachers_softened_answers() -> None:
     torch.testing.assert_close(loss_of(logits, labels, None, config), F.cross_entropy(logits, labels))
     smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.2 * logits.log_softmax(1).mean()
     torch.testing.assert_close(loss_of(logits, labels, None, TrainConfig(label_smoothing=0.2)), smoothed)
+
+
+def test_a_committee_answers_with_the_mean_of_its_members() -> None:
+    one, other, x = nn.Linear(3, 2), nn.Linear(3, 2), torch.randn(5, 3)
+    torch.testing.assert_close(Committee([one, other])(x), (one(x) + other(x)) / 2)

@@ -147,6 +147,11 @@ def test_a_run_trains_by_its_settings_and_learns_from_its_teacher(folders: Folde
     taught = torch.load(folders.models / "deeper.th")
     assert all(torch.equal(value, taught[name]) for name, value in trained[0]["teacher"].state_dict().items())
     trained.clear()
+    run(replace(e, name="by several", teacher=["start.th", "teacher.th"]), folders)
+    taught = [torch.load(folders.models / name) for name in ("start.th", "teacher.th")]
+    members = trained[0]["teacher"].members
+    assert all(torch.equal(v, taught[i][name]) for i, m in enumerate(members) for name, v in m.state_dict().items())
+    trained.clear()
     run(replace(e, name="by the start", teacher=None), folders)
     begun = torch.load(folders.models / "start.th")
     assert all(torch.equal(value, begun[name]) for name, value in trained[0]["teacher"].state_dict().items())

@@ -163,6 +163,8 @@ def test_rows_differ_by_what_they_had_help_from():
     assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == ["| ours", "| ours distilled"]
     deeper = result("ours", 89.0, config=taught | {"teacher_model": "resnet56"})
     assert "| ours distilled from resnet56 |" in markdown_table(overview([deeper]))
+    several = result("ours", 89.0, config=taught | {"teacher": ["a", "b"]})
+    assert "| ours distilled from 2 networks |" in markdown_table(overview([several]))
     assert "ours from scratch" in markdown_table(overview([result("ours", 80.0, config={})]))
 
 

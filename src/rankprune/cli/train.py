@@ -34,7 +34,8 @@ def train(
         str | None, typer.Option(help="Pretrained weights to go on from: a file, torchvision:NAME or timm:NAME.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Weights of a dense network to learn from, likewise; by default those of --start.")
+        list[str] | None,
+        typer.Option(help="Weights of a dense network to learn from, likewise; by default --start's. Several: one each."),
     ] = None,
     teacher_model: Annotated[str | None, typer.Option(help="What that is, if no network like --model: resnet56, say.")] = None,
     reference: Annotated[
@@ -92,7 +93,7 @@ def train(
         model=model,
         dataset=_dataset(data),
         start=_weights(start),
-        teacher=_weights(teacher),
+        teacher=_teacher(teacher),
         teacher_model=teacher_model,
         reference=_weights(reference),
         batch=batch,
@@ -123,6 +124,12 @@ def train(
     if data is not None:
         folders = experiments.Folders(Path(data), Path(data), out.parent)
     _run(experiment, folders, out, "result")
+
+
+def _teacher(sources: list[str] | None) -> str | tuple[str, ...] | None:
+    """Where the weights of one teacher or several come from."""
+    found = tuple(str(_weights(source)) for source in sources or ())
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _weights(source: str | None) -> str | None:

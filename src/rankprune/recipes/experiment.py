@@ -48,10 +48,11 @@ class Experiment:
     `start` is where the weights come from: a file in the folder of pretrained models, "torchvision:NAME" or "timm:NAME" for
     those that the packages have, "run:NAME" for the dense weights that experiment ended with, or nothing for a fresh network.
     `teacher` is where those of the network to distil from come from, likewise; nothing stands for the network the experiment
-    starts from. It is of the architecture `teacher_model`, or of the same. `reference` is where those of the dense network to
-    compare with come from, usually one trained as long; of a run on another machine its result is enough. `holdout` images of
-    the training split are kept out of it and take the place of the test split, for making choices. With `photographs` images
-    are of any size and cropped at random; without, they are small ones of one size, all in memory.
+    starts from. It is of the architecture `teacher_model`, or of the same. Several of them, in a list, teach together, by the
+    mean of their answers. `reference` is where those of the dense network to compare with come from, usually one trained as
+    long; of a run on another machine its result is enough. `holdout` images of the training split are kept out of it and take
+    the place of the test split, for making choices. With `photographs` images are of any size and cropped at random; without,
+    they are small ones of one size, all in memory.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Experiment:
     model: str = "resnet20"
     dataset: str = "cifar10"
     start: str | None = None
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     teacher_model: str | None = None
     reference: str | None = None
     batch: int = 128
@@ -93,6 +94,14 @@ class Experiment:
                 "[trp]), 'trp' has none"
             )
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Where the weights of the networks to distil from come from; none without distillation."""
+        source = self.teacher or self.start
+        if not self.training.distill or source is None:
+            return ()
+        return (source,) if isinstance(source, str) else tuple(source)
+
     @classmethod
     def read(cls, path: str | Path) -> "Experiment":
         """Read a TOML file; tables [training], [trp] and [photographs] hold their fields, the name is the file's.
@@ -112,7 +121,10 @@ class Experiment:
         return _build(cls, {"name": path.stem, **data, "training": training, "trp": trp}, path)
 
     def with_seed(self, seed: int) -> "Experiment":
-        """The same experiment with another seed, named after it; the runs it builds on are those with that seed, too."""
+        """The same experiment with another seed, named after it; the runs it builds on are those with that seed, too.
+
+        But several teachers, which may be one network of several seeds, stay who they are.
+        """
         if seed == self.training.seed:
             return self
 
@@ -123,7 +135,7 @@ class Experiment:
             self,
             name=f"{self.name}-seed{seed}",
             start=named(self.start),
-            teacher=named(self.teacher),
+            teacher=named(self.teacher) if isinstance(self.teacher, str) else self.teacher,
             reference=named(self.reference),
             training=replace(self.training, seed=seed),
         )

@@ -1,7 +1,7 @@
 """What a training minimises: cross-entropy with the labels, and a teacher's answers where there is one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ def loss_of(logits: Tensor, labels: Tensor, answers: Tensor | None, config: Trai
         (logits / t).log_softmax(1), (answers.float() / t).log_softmax(1), reduction="batchmean", log_target=True
     )
     return (1 - config.distill) * loss + config.distill * t * t * divergence
+
+
+class Committee(nn.Module):
+    """Networks that answer as one: with the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Shapes: images (b, ...) -> (b, classes)."""
+        return torch.stack([member(images).float() for member in self.members]).mean(0)
 
 
 def taught(teacher: nn.Module, compile: bool) -> Callable[[Tensor], Tensor]:

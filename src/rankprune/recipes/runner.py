@@ -25,6 +25,7 @@ from rankprune.recipes.data import Data, load_data
 from rankprune.recipes.evaluation import top1
 from rankprune.recipes.experiment import Experiment, Folders
 from rankprune.recipes.networks import CHECKPOINT, WEIGHTS, build, load_weights, weights_file
+from rankprune.recipes.objective import Committee
 from rankprune.recipes.processes import Processes
 from rankprune.recipes.progress import EpochLog, Progress
 from rankprune.recipes.record import in_short, provenance, settings_of, top1_of_a_run
@@ -74,7 +75,8 @@ def run(
         return made.to(processes.device)
 
     model = network(e.start)
-    teacher = network(e.teacher or e.start, e.teacher_model or e.model) if e.training.distill else None
+    teachers = [network(source, e.teacher_model or e.model) for source in e.teachers]
+    teacher = Committee(teachers) if len(teachers) > 1 else next(iter(teachers), None)
     result = _describe(e, data) | begun
     known = top1_of_a_run(e.reference, folders, result) if e.reference else None
     reference = network(e.reference) if e.reference and known is None else None  # missed before the training, if missing
@@ -180,7 +182,7 @@ def _plan_once(checkpoint: Path, make: Callable[[], Plan]) -> Plan:
 
 def _check_held_out(e: Experiment, folders: Folders) -> None:
     """Make sure that nothing that this run builds on was trained, by us, on images that are held out here."""
-    for source in (e.start, e.teacher, e.reference):
+    for source in (e.start, *e.teachers, e.reference):
         if e.holdout and source and (file := weights_file(source, folders.models, folders.runs)):
             notes = read_notes(file)
             if notes.get("dataset") == e.dataset and int(notes.get("holdout", e.holdout)) < e.holdout:

@@ -17,8 +17,10 @@ def label(r: Result) -> str:
 
 
 def _taught(config: Mapping[str, Any]) -> str:
-    teacher = config.get("teacher_model")
-    return f"distilled from {teacher}" if teacher else "distilled"
+    teacher, model = config.get("teacher"), config.get("teacher_model")
+    if isinstance(teacher, list):
+        return f"distilled from {len(teacher)} {model or 'networks'}"
+    return f"distilled from {model}" if model else "distilled"
 
 
 def told_apart(results: Sequence[Result], words: Callable[[Result], str] = label) -> Callable[[Result], str]:
